@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Creates or repairs .venv with vllm_dflash (editable), vLLM and the development tools. Safe to run again at any time:
+# without a change it returns at once, after an interrupted run it starts afresh. Settings, all optional:
+#
+#   PYTHON=python3.12     interpreter for a new .venv (default: python3.11, else python3)
+#   EXTRAS=cuda,dev       extras of pyproject.toml (default: those of the last run, at first cpu,dev)
+#   VENV=.venv            where the environment goes
+#   TORCH_INDEX_URL=...   one more package index for pip. vLLM's CPU build needs torch's CPU build, which the default
+#                         index does not carry: give PyTorch's CPU wheel index here (the address that PyTorch's "Start
+#                         Locally" page shows for Linux, Pip, CPU), unless your pip is configured to find it already.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
+EXTRAS=${EXTRAS:-$(cat "$VENV/.extras" 2>/dev/null || echo cpu,dev)}
+READY=$VENV/.ready # written last; holds the fingerprint of what was installed
+LOG=$VENV/setup.log
+HEARTBEAT_S=15
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() {
+    printf 'setup: error: %s\n' "$*" >&2
+    exit 1
+}
+has_extra() { [[ ",$EXTRAS," == *",$1,"* ]]; }
+
+fingerprint() {
+    { echo "$EXTRAS"; grep '^__version__' vllm_dflash/__init__.py; cat pyproject.toml scripts/setup_env.sh; } | cksum
+}
+
+# Whether .venv is whole and was made here: a copied environment still points at the place it came from.
+is_intact() {
+    [[ -f $READY && -x $VENV/bin/python ]] && grep -qF "$VENV/bin/python" "$VENV/bin/pip" 2>/dev/null
+}
+
+is_ready() { is_intact && [[ $(cat "$READY") == $(fingerprint) ]]; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "found no Python 3.10 to 3.14 (tried: ${PYTHON:-python3.11 python3}). Name one: PYTHON=/path/to/python3.11"
+}
+
+# Nothing is built upon an interrupted set-up: pip can leave packages that look installed and are not.
+create_venv() {
+    local python
+    python=$(find_python)
+    if [[ -e $VENV ]]; then
+        say "$VENV is unfinished or was moved here: removing it"
+        rm -rf "$VENV"
+    fi
+    say "creating $VENV with $("$python" --version 2>&1)"
+    mkdir -p "$VENV"
+    "$python" -m venv "$VENV" >"$LOG" 2>&1 || {
+        cat "$LOG" >&2
+        fail "'$python -m venv' failed. On Debian and Ubuntu it needs the package python3-venv."
+    }
+}
+
+# Says every few seconds what pip is at.
+heartbeat() {
+    local start=$SECONDS
+    while sleep "$HEARTBEAT_S" >/dev/null && kill -0 $$ 2>/dev/null; do
+        say "  $((SECONDS - start)) s: $(grep -oE '(Collecting|Downloading|Installing|Building) .*' "$LOG" | tail -n 1 | cut -c 1-80)"
+    done
+}
+
+explain_pip_failure() {
+    tail -n 15 "$LOG" >&2
+    if grep -q 'torch==.*+cpu' "$LOG" && [[ -z ${TORCH_INDEX_URL:-} ]]; then
+        say "pip did not find torch's CPU build. Set TORCH_INDEX_URL to PyTorch's CPU wheel index (the address that" >&2
+        say "PyTorch's \"Start Locally\" page shows for Linux, Pip, CPU) and run this again." >&2
+    fi
+    fail "pip failed; its whole output: $LOG"
+}
+
+install_packages() {
+    local options=(--no-input --disable-pip-version-check --progress-bar off) beat status=0
+    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+        options+=(--extra-index-url "$TORCH_INDEX_URL")
+    fi
+    say "installing vllm-dflash[$EXTRAS]: about two minutes, 2 GB on disk (log: $LOG)"
+    heartbeat 9>&- &
+    beat=$!
+    "$VENV/bin/python" -m pip install "${options[@]}" --editable ".[$EXTRAS]" >"$LOG" 2>&1 || status=$?
+    kill "$beat" && wait "$beat" 2>/dev/null || true
+    [[ $status == 0 ]] || explain_pip_failure
+}
+
+# vLLM's CPU build asks for these, pip takes builds that do not match torch's CPU build, and then Transformers fails on
+# import ("operator torchvision::nms does not exist"). Text models need none of them.
+remove_unusable_packages() {
+    if has_extra cpu; then
+        say "removing torchvision, torchaudio and torchcodec: not usable with torch's CPU build"
+        "$VENV/bin/python" -m pip uninstall --yes torchvision torchaudio torchcodec >>"$LOG" 2>&1
+    fi
+}
+
+verify() {
+    local modules=transformers
+    if has_extra cpu || has_extra cuda; then
+        modules="torch transformers vllm"
+    fi
+    say "checking that it imports: $modules"
+    VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" - "$modules" 2>>"$LOG" <<'PYTHON' || {
+import importlib, sys
+
+for name in sys.argv[1].split():
+    print(f"setup:   {name} {importlib.import_module(name).__version__}")
+torch = sys.modules.get("torch")
+if torch is not None:
+    from transformers import PreTrainedModel  # pulls in everything that a broken torchvision would break
+
+    if torch.version.cuda and not torch.cuda.is_available():
+        print("setup: warning: this torch is a CUDA build and there is no usable GPU. It works, it is only far bigger.")
+        print("setup: warning: for the CPU build set TORCH_INDEX_URL (see scripts/setup_env.sh), remove .venv, run again.")
+PYTHON
+        tail -n 15 "$LOG" >&2
+        fail "the environment does not import; whole output: $LOG. To start afresh: rm -rf $VENV"
+    }
+}
+
+main() {
+    if is_ready; then
+        return
+    fi
+    if command -v flock >/dev/null; then # two set-ups at once would wreck each other
+        exec 9>"$VENV.lock"
+        flock 9
+        if is_ready; then
+            return
+        fi
+    fi
+    is_intact || create_venv
+    local previous
+    previous=$(cat "$VENV/.extras" 2>/dev/null || true)
+    if { has_extra cpu && [[ ,$previous, == *,cuda,* ]]; } || { has_extra cuda && [[ ,$previous, == *,cpu,* ]]; }; then
+        fail "$VENV was made for [$previous]: vLLM's CPU and CUDA builds exclude each other. First: rm -rf $VENV"
+    fi
+    rm -f "$READY"
+    install_packages
+    remove_unusable_packages
+    verify
+    echo "$EXTRAS" >"$VENV/.extras"
+    fingerprint >"$READY"
+    say "ready: $VENV"
+}
+
+main

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parent's side of an offline engine: start the child, relay what it reports, leave no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.benchmark.job import EngineJob, EngineResult, Finished, Ready, Response
+
+POLL_S = 0.2
+#: How long vLLM may take to end by itself before its process group is killed.
+GRACE_S = 10.0
+
+
+class EngineFailedError(RuntimeError):
+    """The engine's process ended before its job did."""
+
+    def __init__(self, returncode: int, log: Path) -> None:
+        super().__init__(f"vLLM's process ended with exit status {returncode}")
+        self.log = log
+
+
+def run_engine(job: EngineJob, log: Path, on_message: Callable[[Ready | Response], None]) -> EngineResult:
+    """Run a job in a child process, whose output goes to `log`; call `on_message` as it gets on.
+
+    Raises EngineFailedError if the child ends early. However this function is left, the child's process group is gone.
+    """
+    ready: Ready | None = None
+    responses: list[Response] = []
+    with _engine_child(job, log) as (child, connection):
+        while not isinstance(message := _receive(child, connection, log), Finished):
+            if isinstance(message, Ready):
+                ready = message
+            else:
+                responses.append(message)
+            on_message(message)
+    if ready is None:
+        raise RuntimeError("the engine child broke its protocol: it finished without having been ready")
+    return EngineResult(ready.seconds, tuple(responses), message.acceptance)
+
+
+@contextlib.contextmanager
+def _engine_child(job: EngineJob, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
+    ours, theirs = Pipe()
+    with log.open("wb") as output, ours:
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "vllm_dflash.benchmark.offline", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=engine_environment(job, os.environ),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # so that one signal reaches vLLM's own children too
+            )
+        try:
+            with contextlib.suppress(BrokenPipeError):  # a child that is already gone is found by _receive
+                ours.send(job)
+            yield child, ours
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE_S)
+        finally:
+            _end_group(child)
+
+
+def _receive(child: subprocess.Popen[bytes], connection: Connection, log: Path) -> Any:
+    """The child's next message. Polls, because vLLM's own children may hold the pipe open after it."""
+    while True:
+        ended = child.poll() is not None
+        try:
+            if connection.poll(0 if ended else POLL_S):
+                return connection.recv()
+        except (EOFError, ConnectionResetError):
+            child.wait(GRACE_S)
+            ended = True
+        if ended:
+            raise EngineFailedError(child.returncode, log)
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    """Ask the process group to end, then make it."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_S
+        try:
+            os.killpg(child.pid, sig)
+            while time.monotonic() < deadline:
+                child.poll()  # reaps the leader: a zombie would keep the group alive
+                os.killpg(child.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return
+
+
+def engine_environment(job: EngineJob, base: Mapping[str, str]) -> dict[str, str]:
+    """The child's environment: `base`, plus what a local run should have unless the user says otherwise."""
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}  # GiB; vLLM would take half of the memory
+    if all(Path(model).is_dir() for model in (job.target, job.drafter or job.target)):
+        defaults["HF_HUB_OFFLINE"] = "1"
+    return defaults | dict(base)

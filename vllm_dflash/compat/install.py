@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All patches, in one list. Each waits for its module to be imported, so that registering costs nothing."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from wrapt import register_post_import_hook
+
+_installed = False
+
+
+def install() -> None:
+    """Arrange every patch once per process."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    register_post_import_hook(_engine_args, "vllm.engine.arg_utils")
+    register_post_import_hook(_config, "vllm.config.vllm")
+    register_post_import_hook(_runner_v1, "vllm.v1.worker.gpu_model_runner")
+
+
+def _engine_args(module: ModuleType) -> None:
+    from vllm_dflash.compat import engine_args
+
+    engine_args.install(module)
+
+
+def _config(module: ModuleType) -> None:
+    from vllm_dflash.compat import config
+
+    config.install(module)
+
+
+def _runner_v1(module: ModuleType) -> None:
+    from vllm_dflash.compat import select_v1
+
+    select_v1.install(module)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DFlash draft model on Transformers: Qwen3 plus these differences (paper, section 3):
+
+- context enters as K/V only: target features are fused once, then every layer projects them with its own k/v weights;
+- the block's rows attend to the context and, in both directions, to each other;
+- embedding and LM head are the target's, unless the checkpoint brings its own.
+
+Letters: B batch, T new context rows, Q block rows, F tapped layers, H hidden size, D head dim, N cached rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+from vllm_dflash.checkpoint import check_tensors, read_mask_embedding, read_tensor_shapes, resolve_model_dir
+from vllm_dflash.config import DFlashConfig, LayerAttention
+from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
+
+
+class DFlashRotaryEmbedding(nn.Module):
+    """cos/sin of the first `rotary_dim` channels; scaled RoPE types through Transformers' own init functions."""
+
+    def __init__(self, config: DFlashConfig, hf_config: Qwen3Config) -> None:
+        super().__init__()
+        rope = config.rope_parameters
+        if rope["rope_type"] == "default":
+            exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float) / config.rotary_dim
+            inv_freq, self.attention_scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
+        else:
+            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)  # [rotary_dim / 2]
+
+    def forward(
+        self,
+        position_ids: torch.Tensor,  # [B, S]
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [B, 1, S, rotary_dim], computed in fp32."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()  # [B, S, rotary_dim / 2]
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+
+
+def rotate(
+    x: torch.Tensor,  # [B, heads, S, D]
+    cos: torch.Tensor,  # [B, 1, S, rotary_dim]
+    sin: torch.Tensor,  # [B, 1, S, rotary_dim]
+) -> torch.Tensor:
+    """NeoX-style RoPE on the first rotary_dim channels; the rest pass unchanged."""
+    turned, passed = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, passed), dim=-1)
+
+
+def visible(
+    layer: LayerAttention,
+    query_positions: torch.Tensor,  # [B, Q]
+    key_positions: torch.Tensor,  # [B, N+T+Q]
+) -> torch.Tensor:
+    """Which keys a layer's block rows may see by position: bool [B, 1, Q, N+T+Q]."""
+    ahead = key_positions[:, None, None, :] - query_positions[:, None, :, None]
+    mask = torch.ones_like(ahead, dtype=torch.bool)
+    if layer.causal:
+        mask &= ahead <= 0
+    if layer.sliding_window is not None:
+        mask &= ahead.abs() < layer.sliding_window
+    return mask
+
+
+class DFlashAttention(nn.Module):
+    """Block rows as queries; K/V from the context states and from the block rows."""
+
+    def __init__(self, config: DFlashConfig, index: int) -> None:
+        super().__init__()
+        hidden, bias, self.head_dim = config.hidden_size, config.attention_bias, config.head_dim
+        self.index, self.rule = index, config.layers[index]
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def _heads(
+        self,
+        x: torch.Tensor,  # [B, S, heads*D]
+    ) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))  # [B, S, heads, D]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, Q, H]
+        context_states: torch.Tensor,  # [B, T, H]
+        rope: tuple[torch.Tensor, torch.Tensor],  # each [B, 1, T+Q, rotary_dim]
+        mask: torch.Tensor,  # bool [B, 1, Q, N+T+Q]
+        cache: DynamicCache | None,
+    ) -> torch.Tensor:
+        num_rows = hidden_states.shape[1]
+        cos, sin = rope
+        source = torch.cat((context_states, hidden_states), dim=1)  # [B, T+Q, H]
+        q = self.q_norm(self._heads(self.q_proj(hidden_states))).transpose(1, 2)
+        k = self.k_norm(self._heads(self.k_proj(source))).transpose(1, 2)
+        v = self._heads(self.v_proj(source)).transpose(1, 2)
+        q = rotate(q, cos[:, :, -num_rows:], sin[:, :, -num_rows:])
+        k = rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DFlashDecoderLayer(nn.Module):
+    """A pre-norm Qwen3 layer whose attention also reads the context states."""
+
+    def __init__(self, config: DFlashConfig, hf_config: Qwen3Config, index: int) -> None:
+        super().__init__()
+        self.self_attn = DFlashAttention(config, index)
+        self.mlp = Qwen3MLP(hf_config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, Q, H]
+        context_states: torch.Tensor,  # [B, T, H]
+        rope: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,  # bool [B, 1, Q, N+T+Q]
+        cache: DynamicCache | None,
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, context_states, rope, mask, cache)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DFlashDraftModel(PreTrainedModel):
+    """A DFlash drafter in the published checkpoint layout.
+
+    Built from a Transformers `Qwen3Config` that carries `block_size` and `dflash_config`, like the published
+    config.json files. `dflash` is its checked, torch-free view.
+    """
+
+    config_class = Qwen3Config
+    base_model_prefix = ""
+    _supports_sdpa = True
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        self.dflash = dflash = DFlashConfig.from_dict(_raw_config(config), source=config.name_or_path or "<config>")
+        if not dflash.is_neox_style:
+            raise ValueError(f"{dflash.source}: is_neox_style = false is not supported by the Transformers backend")
+        self.layers = nn.ModuleList(DFlashDecoderLayer(dflash, config, i) for i in range(dflash.num_hidden_layers))
+        self.fc = nn.Linear(len(dflash.target_layer_ids) * dflash.target_hidden_size, dflash.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
+        self.norm = Qwen3RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
+        self.rotary_emb = DFlashRotaryEmbedding(dflash, config)
+        own = set(getattr(config, "own_tensors", ()))
+        self.embed_tokens = nn.Embedding(dflash.vocab_size, dflash.hidden_size) if "embed_tokens.weight" in own else None
+        self.lm_head = (
+            nn.Linear(dflash.hidden_size, dflash.draft_vocab_size, bias=False) if "lm_head.weight" in own else None
+        )
+        self.d2t = nn.Buffer(torch.zeros(dflash.draft_vocab_size, dtype=torch.long)) if "d2t" in own else None
+        self.mask_embedding: torch.Tensor | None = None  # [H]
+        self.post_init()
+
+    @property
+    def block_size(self) -> int:
+        return self.dflash.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.dflash.mask_token_id
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        return self.dflash.target_layer_ids
+
+    @classmethod
+    def from_pretrained(cls, model: str, *, revision: str | None = None, **kwargs: Any) -> DFlashDraftModel:
+        """Load a drafter directory or hub id. `dtype`, `device_map`, ... as in Transformers.
+
+        Raises ValueError naming the file, key or tensor that is wrong or missing.
+        """
+        model_dir = resolve_model_dir(str(model), revision)
+        dflash = DFlashConfig.from_pretrained(str(model_dir))
+        shapes = read_tensor_shapes(model_dir)
+        check_tensors(dflash, shapes)
+        config = _hf_config(dflash)
+        config.own_tensors = sorted({"embed_tokens.weight", "lm_head.weight", "d2t"} & shapes.keys())
+        draft = super().from_pretrained(model_dir, config=config, **kwargs)
+        mask_embedding = read_mask_embedding(model_dir, dflash)
+        if mask_embedding is not None:
+            draft.mask_embedding = mask_embedding.to(draft.device, draft.dtype)
+        return draft
+
+    def forward(
+        self,
+        position_ids: torch.Tensor,  # [B, T+Q]: the new context rows, then the block rows
+        noise_embedding: torch.Tensor,  # [B, Q, H]
+        target_hidden: torch.Tensor,  # [B, T, F*H]
+        attention_mask: torch.Tensor | None = None,  # bool [B, 1, Q, N+T+Q], True = may attend
+        past_key_values: DynamicCache | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Hidden states of the block rows, [B, Q, H], ready for the LM head.
+
+        With `past_key_values`, the N rows it holds must be the context positions 0..N-1; the block's own K/V are
+        appended like the context's, so the caller crops them afterwards.
+        """
+        num_rows = noise_embedding.shape[1]
+        context_states = self.hidden_norm(self.fc(target_hidden))
+        rope = self.rotary_emb(position_ids, noise_embedding.dtype)
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = torch.arange(cached, device=position_ids.device).expand(position_ids.shape[0], -1)
+        key_positions = torch.cat((past, position_ids), dim=1)  # [B, N+T+Q]
+        hidden_states = noise_embedding
+        for layer in self.layers:
+            mask = visible(layer.self_attn.rule, position_ids[:, -num_rows:], key_positions)
+            mask = mask if attention_mask is None else mask & attention_mask
+            hidden_states = layer(hidden_states, context_states, rope, mask, past_key_values)
+        return self.norm(hidden_states)
+
+    def embed(
+        self,
+        token_ids: torch.Tensor,  # [B, Q]
+        target: nn.Module,
+    ) -> torch.Tensor:
+        """Embeddings of block tokens [B, Q, H]: own table if shipped, else the target's; own mask embedding if shipped."""
+        table = self.embed_tokens if self.embed_tokens is not None else target.get_input_embeddings()
+        embeds = table(token_ids)
+        if self.mask_embedding is not None:
+            embeds = torch.where((token_ids == self.mask_token_id)[..., None], self.mask_embedding, embeds)
+        return embeds
+
+    def draft_logits(
+        self,
+        hidden_states: torch.Tensor,  # [B, Q, H]
+        target: nn.Module,
+    ) -> torch.Tensor:
+        """Logits over the target's vocabulary [B, Q, V]; ids outside a reduced draft vocabulary get -inf."""
+        head = self.lm_head if self.lm_head is not None else target.get_output_embeddings()
+        logits = head(hidden_states)
+        if self.d2t is None:
+            return logits
+        target_ids = torch.arange(len(self.d2t), device=logits.device) + self.d2t
+        full = logits.new_full((*logits.shape[:-1], self.dflash.vocab_size), float("-inf"))
+        full[..., target_ids] = logits
+        return full
+
+    @torch.inference_mode()
+    def spec_generate(
+        self,
+        input_ids: torch.Tensor,  # [1, P]
+        target: nn.Module,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        stop_token_ids: list[int] | None = None,
+        return_stats: bool = False,
+    ) -> torch.Tensor | SpecGenerateOutput:
+        """Generate with `target`, drafting with this model. See :func:`vllm_dflash.hf.generation.spec_generate`."""
+        output = spec_generate(self, target, input_ids, max_new_tokens, temperature, stop_token_ids)
+        return output if return_stats else output.sequences
+
+
+def _raw_config(config: Qwen3Config) -> dict[str, Any]:
+    """A Qwen3Config as a raw config.json. Qwen3Config forgets sliding_window unless use_sliding_window is set."""
+    raw = config.to_dict()
+    raw.pop("use_sliding_window", None)
+    return raw
+
+
+def _hf_config(dflash: DFlashConfig) -> Qwen3Config:
+    """The Transformers config of a checked drafter config, whichever layout it came from."""
+    fields = asdict(dflash)
+    layers = fields.pop("layers")
+    window = next((layer["sliding_window"] for layer in layers if layer["sliding_window"]), None)
+    kinds = ["full_attention" if layer["sliding_window"] is None else "sliding_attention" for layer in layers]
+    causal = {layer["causal"] for layer in layers}
+    dflash_keys = {key: fields.pop(key) for key in ("mask_token_id", "target_layer_ids")}
+    if len(causal) == 1:
+        dflash_keys["causal"] = causal.pop()
+    for derived in ("is_quantized", "source"):
+        fields.pop(derived)
+    return Qwen3Config(
+        **fields | {"rope_parameters": dict(dflash.rope_parameters)},
+        architectures=["DFlashDraftModel"],
+        layer_types=kinds,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        max_window_layers=len(kinds),
+        tie_word_embeddings=False,
+        dflash_config=dflash_keys | {"target_layer_ids": list(dflash.target_layer_ids)},
+        name_or_path=dflash.source,
+    )

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DFlash draft model on vLLM's parallel layers: fusion, draft layers, logits (paper, section 3).
+
+Qwen3-style layers over the block's rows only. The context is already in the paged cache (context_kv.py), so attention
+is vLLM's ordinary paged attention, non-causal. Embedding and LM head are the target's unless the checkpoint brings
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.qwen2 import Qwen2MLP
+from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+
+from vllm_dflash.config import DFlashConfig, LayerAttention
+from vllm_dflash.model_executor.context_kv import ContextKV
+from vllm_dflash.model_executor.weights import load_draft_weights
+
+
+class DFlashAttention(nn.Module):
+    """Queries, keys and values of the block rows; the context's keys and values wait in the cache."""
+
+    def __init__(
+        self,
+        config: DFlashConfig,
+        rule: LayerAttention,
+        max_position: int,
+        vllm_config: VllmConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        cache_name: str,
+    ) -> None:
+        super().__init__()
+        self.causal = rule.causal
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.rotary_emb = get_rope(
+            self.head_dim, max_position, config.is_neox_style, rope_parameters=dict(config.rope_parameters)
+        )
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=quant_config,
+            per_layer_sliding_window=rule.sliding_window,
+            prefix=cache_name,
+        )
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # [R*Q]
+        hidden_states: torch.Tensor,  # [R*Q, H]
+    ) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        kv_size = self.num_kv_heads * self.head_dim
+        q, k, v = qkv.split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
+        q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
+        k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim))).flatten(-2)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+
+class DFlashDecoderLayer(nn.Module):
+    """A pre-norm Qwen3 layer."""
+
+    def __init__(self, config: DFlashConfig, prefix: str, **attention: Any) -> None:
+        super().__init__()
+        self.self_attn = DFlashAttention(config, prefix=f"{prefix}.self_attn", **attention)
+        self.mlp = Qwen2MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=attention["quant_config"],
+            prefix=f"{prefix}.mlp",
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # [R*Q]
+        hidden_states: torch.Tensor,  # [R*Q, H]
+        residual: torch.Tensor | None,  # [R*Q, H]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "inputs_embeds": 0})
+class DFlashBackbone(nn.Module):
+    """The draft layers and their final norm: what a compiled graph or a CUDA graph holds."""
+
+    def __init__(self, *, vllm_config: VllmConfig, config: DFlashConfig, prefix: str = "") -> None:
+        super().__init__()
+        quant_config = get_draft_quant_config(vllm_config)
+        num_target_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        # Drafts may look past the drafter's own limit: as far as the target goes, plus the block itself.
+        reach = vllm_config.model_config.max_model_len + config.block_size
+        self.layers = nn.ModuleList(
+            DFlashDecoderLayer(
+                config,
+                prefix=f"layers.{index}",
+                rule=rule,
+                max_position=max(config.max_position_embeddings, reach),
+                vllm_config=vllm_config,
+                quant_config=quant_config,
+                # vLLM orders K/V caches by the number in the name, which must differ from all of the target's.
+                cache_name=maybe_prefix(prefix, f"layers.{num_target_layers + index}.self_attn.attn"),
+            )
+            for index, rule in enumerate(config.layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # [R*Q]
+        inputs_embeds: torch.Tensor,  # [R*Q, H]
+    ) -> torch.Tensor:
+        hidden_states, residual = inputs_embeds, None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class DFlashDraftModel(nn.Module):
+    """The whole drafter, as vLLM's model loader builds it.
+
+    Its calls in the order of a step: `fuse`, `context_kv`, `embed`, `forward`, `top_tokens` or `compute_logits`.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        draft_config = vllm_config.speculative_config.draft_model_config
+        self.config = config = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
+        self.vllm_config = vllm_config
+        self.fc = ReplicatedLinear(
+            len(config.target_layer_ids) * config.target_hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=get_draft_quant_config(vllm_config),
+            prefix="fc",
+            return_bias=False,
+        )
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.backbone = DFlashBackbone(vllm_config=vllm_config, config=config, prefix=maybe_prefix(prefix, "draft"))
+        attentions = self.attentions
+        self.context_kv = ContextKV(config, [a.qkv_proj for a in attentions], attentions[0].rotary_emb)
+        self.logits_processor = LogitsProcessor(config.draft_vocab_size)
+        self.embed_tokens: nn.Module | None = None
+        self.lm_head: nn.Module | None = None
+        self.register_buffer("draft_id_to_target_id", None, persistent=False)  # [draft_vocab_size]
+        self.register_buffer("mask_embedding", None, persistent=False)  # [H]
+
+    @property
+    def attentions(self) -> list[DFlashAttention]:
+        """The attention of every draft layer, in order."""
+        return [layer.self_attn for layer in self.backbone.layers]
+
+    def share_with_target(self, embed_tokens: nn.Module, lm_head: nn.Module) -> None:
+        """Use the target's embedding and LM head where the checkpoint brought none of its own."""
+        if self.embed_tokens is None:
+            self.embed_tokens = embed_tokens
+        if self.lm_head is None:
+            self.lm_head = lm_head
+
+    def fuse(
+        self,
+        features: torch.Tensor,  # [T, F*H]
+    ) -> torch.Tensor:
+        """Context states [T, H]: one projection of all tapped layers, normed; shared by every draft layer."""
+        return self.hidden_norm(self.fc(features))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,  # [R*Q]
+    ) -> torch.Tensor:
+        """Embeddings of the block rows [R*Q, H]."""
+        embeds = self.embed_tokens(input_ids)
+        if self.mask_embedding is not None:
+            embeds = torch.where((input_ids == self.config.mask_token_id)[:, None], self.mask_embedding, embeds)
+        return embeds
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # [R*Q]
+        inputs_embeds: torch.Tensor,  # [R*Q, H]
+    ) -> torch.Tensor:
+        """Hidden states of the block rows [R*Q, H]. Needs vLLM's forward context for the paged attention."""
+        return self.backbone(positions=positions, inputs_embeds=inputs_embeds)
+
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor,  # [N, H]
+    ) -> torch.Tensor:
+        """Logits over the draft vocabulary, [N, draft_vocab_size]; `to_target_ids` maps its ids."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def top_tokens(
+        self,
+        hidden_states: torch.Tensor,  # [N, H]
+    ) -> torch.Tensor:
+        """The likeliest target token of every row, [N]. Under TP each rank reduces its own part of the vocabulary."""
+        if get_tensor_model_parallel_world_size() > 1:
+            draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        else:
+            draft_ids = self.compute_logits(hidden_states).argmax(dim=-1)
+        return self.to_target_ids(draft_ids)
+
+    def to_target_ids(
+        self,
+        draft_ids: torch.Tensor,  # [N]
+    ) -> torch.Tensor:
+        """Ids of a reduced draft vocabulary as the target's ids, [N]."""
+        return draft_ids if self.draft_id_to_target_id is None else self.draft_id_to_target_id[draft_ids]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the published layout. Raises ValueError naming a missing, extra or misshapen tensor."""
+        return load_draft_weights(self, weights)
+
+    def new_embedding(self) -> VocabParallelEmbedding:
+        """An embedding table of the drafter's own."""
+        return VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size)
+
+    def new_lm_head(self) -> ParallelLMHead:
+        """An LM head of the drafter's own."""
+        return ParallelLMHead(self.config.draft_vocab_size, self.config.hidden_size)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point that vLLM calls in every one of its processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# A child of vLLM's logger, so that its level and format apply.
+logger = logging.getLogger("vllm.vllm_dflash")
+
+#: "0" leaves vLLM as it is.
+SWITCH = "VLLM_DFLASH"
+
+
+def register() -> None:
+    """Take over method "dflash" in this process, or say in one line why not. Cheap, and safe to repeat."""
+    from vllm_dflash.compat import version
+
+    if os.environ.get(SWITCH, "1") == "0":
+        logger.info("vllm_dflash: standing aside, %s=0", SWITCH)
+        return
+    installed = version.installed_version()
+    if not version.is_supported(installed):
+        logger.warning(
+            "vllm_dflash: standing aside, vLLM %s is installed and %s.x is supported", installed, version.SUPPORTED
+        )
+        return
+    from vllm_dflash.compat.install import install
+
+    install()

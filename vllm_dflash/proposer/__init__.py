@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine side: one drafting step, in the order data flows. Knows no runner."""
+
+from vllm_dflash.proposer.dflash import DFlashProposer
+from vllm_dflash.proposer.step import BlockInputs, ContextRows, Drafts, StepInputs
+
+__all__ = ["BlockInputs", "ContextRows", "DFlashProposer", "Drafts", "StepInputs"]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row arithmetic of a step: slots of the context rows, and the query rows of the blocks.
+
+All on the device without a host sync: how many rows were rejected is only known there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_dflash.proposer.step import PADDING_SLOT, BlockInputs, ContextRows, StepInputs
+
+#: Physical block 0 is vLLM's null block: what is written there is seen by every request.
+NULL_BLOCK = 0
+
+
+def slots_of(
+    block_table: torch.Tensor,  # [R, blocks per request]
+    requests: torch.Tensor,  # [N] request of each row
+    positions: torch.Tensor,  # [N]
+    block_size: int,
+) -> torch.Tensor:
+    """Cache slot of every row, [N]: block number * block size + offset. Rows outside the table, or in the null block,
+    get padding slots."""
+    columns = positions // block_size
+    inside = columns < block_table.shape[1]
+    blocks = block_table[requests, columns.clamp(max=block_table.shape[1] - 1)].long()
+    slots = blocks * block_size + positions % block_size
+    return torch.where(inside & (blocks != NULL_BLOCK), slots, PADDING_SLOT)
+
+
+def context_rows(step: StepInputs, block_sizes: tuple[int, ...]) -> ContextRows:
+    """Slots of the T target rows; rejected rows write nothing.
+
+    Example: one request ran rows at positions 7, 8, 9 (anchor and two drafts) and the last draft was rejected: rows 7
+    and 8 get their slots, row 9 the padding slot. Row 9's position is computed anew by a later step.
+    """
+    num_rows = step.positions.shape[0]
+    rows = torch.arange(num_rows, device=step.positions.device)
+    requests = torch.searchsorted(step.query_start_loc[1:].contiguous(), rows, right=True)
+    # A runner may pad its rows past the last request's.
+    valid_end = step.query_start_loc[1:] if step.num_rejected is None else step.query_start_loc[1:] - step.num_rejected
+    num_requests = valid_end.shape[0]
+    requests_in = requests.clamp(max=num_requests - 1)
+    valid = (requests < num_requests) & (rows < valid_end[requests_in])
+    slot_mappings = tuple(
+        torch.where(valid, slots_of(table, requests_in, step.positions, size), PADDING_SLOT)
+        for table, size in zip(step.block_tables, block_sizes, strict=True)
+    )
+    return ContextRows(step.positions, slot_mappings)
+
+
+def block_inputs(
+    step: StepInputs,
+    block_sizes: tuple[int, ...],
+    num_speculative_tokens: int,
+    mask_token_id: int,
+    max_model_len: int,
+) -> BlockInputs:
+    """The query rows of every request: the anchor and K masks, right behind the accepted context.
+
+    Rows at or past `max_model_len` could never be accepted: they write nothing and repeat the last position, so that
+    no table is read past its end.
+    """
+    num_query_rows = 1 + num_speculative_tokens
+    num_requests = step.anchors.shape[0]
+    device = step.anchors.device
+    context_lens = step.seq_lens if step.num_rejected is None else step.seq_lens - step.num_rejected
+    offsets = torch.arange(num_query_rows, device=device)
+    positions = (context_lens[:, None] + offsets).flatten().long()
+    requests = torch.arange(num_requests, device=device).repeat_interleave(num_query_rows)
+    input_ids = torch.full((num_requests, num_query_rows), mask_token_id, dtype=torch.int32, device=device)
+    input_ids[:, 0] = step.anchors
+    fits = positions < max_model_len
+    positions = positions.clamp(max=max_model_len - 1)
+    slot_mappings = tuple(
+        torch.where(fits, slots_of(table, requests, positions, size), PADDING_SLOT)
+        for table, size in zip(step.block_tables, block_sizes, strict=True)
+    )
+    return BlockInputs(
+        input_ids=input_ids.flatten(),
+        positions=positions,
+        slot_mappings=slot_mappings,
+        query_start_loc=torch.arange(num_requests + 1, dtype=torch.int32, device=device) * num_query_rows,
+        seq_lens=(context_lens + num_query_rows).clamp(max=max_model_len).to(torch.int32),
+        num_query_rows=num_query_rows,
+        block_tables=step.block_tables,
+        max_seq_len=min(step.max_seq_len + num_query_rows, max_model_len),
+        seq_lens_upper_bound=_plus(step.seq_lens_upper_bound, num_query_rows),
+    )
+
+
+def _plus(
+    bound: torch.Tensor | None,  # [R]
+    extra: int,
+) -> torch.Tensor | None:
+    return None if bound is None else bound + extra

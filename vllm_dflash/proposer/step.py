@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What flows through one drafting step, as small frozen records.
+
+Letters: R requests, T target rows of this step, K draft tokens, Q = 1 + K query rows a request, G KV-cache groups that
+hold draft layers, F tapped target layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: A slot that no kernel writes to.
+PADDING_SLOT = -1
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a runner knows after the target ran and its tokens were sampled.
+
+    The T rows are the target's rows of this step, request after request. Of a request that verified drafts, the last
+    `num_rejected` rows hold rejected tokens: they are padding.
+    """
+
+    features: torch.Tensor  # [T, F*H] hidden states of the tapped layers
+    positions: torch.Tensor  # [T]
+    query_start_loc: torch.Tensor  # [R+1] first row of each request
+    seq_lens: torch.Tensor  # [R] context rows in the cache after this step, rejected rows included
+    num_rejected: torch.Tensor | None  # [R]; None: no row was rejected
+    anchors: torch.Tensor  # [R] the token after the context: just sampled, or the next prompt token mid-prefill
+    block_tables: tuple[torch.Tensor, ...]  # G tensors [R, blocks per request]
+    max_seq_len: int  # upper bound of seq_lens, known on the host
+    seq_lens_upper_bound: torch.Tensor | None = None  # [R] on the host; the same bound for each request
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """Where the T target rows go in the draft layers' caches. Rejected rows have padding slots."""
+
+    positions: torch.Tensor  # [T]
+    slot_mappings: tuple[torch.Tensor, ...]  # G tensors [T]
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """The query rows of all requests: [anchor, mask x K] each, at positions n .. n+K past n context rows."""
+
+    input_ids: torch.Tensor  # [R*Q]
+    positions: torch.Tensor  # [R*Q]
+    slot_mappings: tuple[torch.Tensor, ...]  # G tensors [R*Q]
+    query_start_loc: torch.Tensor  # [R+1]
+    seq_lens: torch.Tensor  # [R] context + own block
+    num_query_rows: int  # Q
+    block_tables: tuple[torch.Tensor, ...]  # G tensors [R, blocks per request]
+    max_seq_len: int  # upper bound of seq_lens, known on the host
+    seq_lens_upper_bound: torch.Tensor | None = None  # [R] on the host; the same bound for each request
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The drafted tokens."""
+
+    token_ids: torch.Tensor  # [R, K]

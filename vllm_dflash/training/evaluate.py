@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance of a drafter on prompts that neither model has seen, at temperature 0.
+
+    python -m vllm_dflash.training.evaluate --target DIR --drafter DIR --prompts heldout.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.training.prompts import Prompt, read_prompts
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Pooled over all drafts of all prompts. accepted[k-1]: in how many drafts the first k tokens were kept."""
+
+    drafts: int
+    accepted: tuple[int, ...]
+
+    @property
+    def length(self) -> float:
+        """Acceptance length: tokens a round adds on average, the target's own token included."""
+        return 1 + sum(self.accepted) / self.drafts
+
+    @property
+    def per_position(self) -> tuple[float, ...]:
+        """Share of drafts whose first k tokens were all kept, k = 1..K."""
+        return tuple(count / self.drafts for count in self.accepted)
+
+
+def acceptance(
+    draft: DFlashDraftModel,
+    target: torch.nn.Module,
+    prompts: Iterable[Prompt],
+    max_new_tokens: int,
+    end_ids: list[int] | None,
+) -> Acceptance:
+    """Generate with drafting and count. `end_ids` end a response early; None always writes `max_new_tokens`."""
+    accepted, drafts = [0] * (draft.block_size - 1), 0
+    for prompt in prompts:
+        output = draft.spec_generate(
+            input_ids=torch.tensor([prompt.prompt_token_ids]),
+            target=target,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            stop_token_ids=end_ids,
+            return_stats=True,
+        )
+        drafts += len(output.acceptance_lengths)
+        for length in output.acceptance_lengths:
+            for k in range(length - 1):
+                accepted[k] += 1
+    if not drafts:
+        raise ValueError("nothing was drafted: no prompts, or --max-new-tokens is 1")
+    return Acceptance(drafts, tuple(accepted))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one JSON line per kind of prompt, and one over all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=Path, required=True, help="directory of the target")
+    parser.add_argument("--drafter", type=Path, required=True, help="directory of the drafter")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL of prompts with prompt_token_ids")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--ignore-eos", action="store_true", help="write on after an end token")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    arguments = parser.parse_args(argv)
+    for flag, path in (("--target", arguments.target), ("--drafter", arguments.drafter)):
+        if not (path / "config.json").is_file():
+            parser.error(f"{flag} {path}: no config.json there")
+    if not arguments.prompts.is_file():
+        parser.error(f"--prompts {arguments.prompts}: no such file")
+    dtype = getattr(torch, arguments.dtype)
+    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).eval()
+    draft = DFlashDraftModel.from_pretrained(str(arguments.drafter), dtype=dtype).eval()
+    ends = target.generation_config.eos_token_id
+    end_ids = None if arguments.ignore_eos else [ends] if isinstance(ends, int) else ends
+    prompts = read_prompts(arguments.prompts)
+    groups = {"all": prompts} | {kind: [p for p in prompts if p.kind == kind] for kind in sorted({p.kind for p in prompts})}
+    for name, group in groups.items():
+        result = acceptance(draft, target, group, arguments.max_new_tokens, end_ids)
+        record = {"prompts": name, "count": len(group), "acceptance_length": round(result.length, 3)}
+        record |= {"drafts": result.drafts, "per_position": [round(share, 3) for share in result.per_position]}
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

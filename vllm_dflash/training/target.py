@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the small target: a `Qwen3ForCausalLM` on packed documents and on ChatML conversations cut from them.
+
+Letters: B windows a batch, W window length in tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from vllm_dflash.training.corpus import Document, snippets
+from vllm_dflash.training.schedule import cosine_with_warmup
+from vllm_dflash.training.tokenizer import END_OF_TEXT, IM_END, MAX_LENGTH, chat_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Size and schedule of the target's training."""
+
+    tokens: int = 18_000_000  # in all phases together
+    batch_tokens: int = 4096  # B * W
+    # (window length, share of the tokens): short windows are cheaper; the last phase teaches the long positions.
+    phases: tuple[tuple[int, float], ...] = ((512, 0.85), (MAX_LENGTH, 0.15))
+    chat_share: float = 0.5  # of the training characters, in conversations
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.02  # share of all steps
+    seed: int = 0
+    compile: bool = True
+    checkpoint_every: int = 500  # steps
+
+
+def target_config(vocab_size: int, eos_token_id: int) -> Qwen3Config:
+    """The shipped target's shape: about 3.6M parameters, tied embeddings."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=448,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        dtype="bfloat16",
+    )
+
+
+def token_stream(documents: list[Document], tokenizer: Tokenizer, chat_share: float, rng: random.Random) -> np.ndarray:
+    """One pass over the documents as plain text plus conversations, shuffled, each ended by `<|endoftext|>`.
+
+    Returns [N] uint16 token ids. `chat_share` counts characters: 0.5 gives as many in conversations as in plain text.
+    """
+    plain = [document.text for document in documents]
+    budget = sum(map(len, plain)) * chat_share / (1 - chat_share)
+    chats = [chat_text(s.head, s.tail) for document in documents for s in snippets(document, rng)]
+    rng.shuffle(chats)
+    texts = plain + _first_characters(chats, budget)
+    rng.shuffle(texts)
+    encoded = tokenizer.encode_batch([text + END_OF_TEXT for text in texts])
+    return np.concatenate([np.asarray(item.ids, dtype=np.uint16) for item in encoded])
+
+
+def windows(stream: np.ndarray, length: int, batch: int, rng: random.Random) -> Iterator[Tensor]:
+    """Endless shuffled batches [batch, length + 1] of consecutive tokens; offsets move with every pass.
+
+    Raises ValueError when the stream (an array [N] of token ids) is shorter than one batch needs.
+    """
+    if len(stream) < (batch + 1) * (length + 1):
+        raise ValueError(f"corpus has {len(stream)} tokens, one batch of {batch} windows of {length + 1} needs more")
+    while True:
+        starts = list(range(rng.randrange(length), len(stream) - length - 1, length))
+        rng.shuffle(starts)
+        for i in range(0, len(starts) - batch + 1, batch):
+            rows = [stream[s : s + length + 1] for s in starts[i : i + batch]]
+            yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy in nats. batch: [B, W + 1]."""
+    with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [B, W, V]
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+def train_target(stream: np.ndarray, config: Qwen3Config, settings: TargetSettings, output: Path) -> Qwen3ForCausalLM:
+    """Train from scratch on `stream` ([N] token ids); checkpoints go to `output`, the final model too (bf16)."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    model = Qwen3ForCausalLM(config).float().train()
+    forward = torch.compile(model) if settings.compile else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+    )
+    plan = [length for length, share in settings.phases for _ in range(int(settings.tokens * share / settings.batch_tokens))]
+    batches = {length: windows(stream, length, settings.batch_tokens // length, rng) for length, _ in settings.phases}
+    started = time.monotonic()
+    for step, length in enumerate(plan, start=1):
+        scale = cosine_with_warmup(step, len(plan), settings.warmup)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * scale
+        loss = next_token_loss(forward, next(batches[length]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == len(plan):
+            speed = step * settings.batch_tokens / (time.monotonic() - started)
+            logger.info("target step %d/%d loss %.3f, %.0f tokens/s", step, len(plan), loss.item(), speed)
+        if step % settings.checkpoint_every == 0:
+            save_target(model, output)
+    return save_target(model, output)
+
+
+def save_target(model: Qwen3ForCausalLM, output: Path) -> Qwen3ForCausalLM:
+    """Write config, generation config and bf16 weights to `output`; returns the bf16 copy that was written."""
+    copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16).eval()
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, do_sample=False)
+    copy.save_pretrained(output)
+    return copy
+
+
+def end_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a response: of `<|im_end|>` (chat) and `<|endoftext|>` (plain text)."""
+    return [tokenizer.token_to_id(token) for token in (IM_END, END_OF_TEXT)]
+
+
+def _first_characters(texts: list[str], budget: float) -> list[str]:
+    chosen: list[str] = []
+    for text in texts:
+        if budget <= 0:
+            break
+        budget -= len(text)
+        chosen.append(text)
+    return chosen

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up checks of a drafter, its target and the options. Torch-free; every error names what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.checkpoint import check_tensors, read_tensor_shapes
+from vllm_dflash.config import DFlashConfig
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the checks must know of a target model."""
+
+    model: str
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class DFlashOptions:
+    """The plugin's own options: `--additional-config '{"dflash": {...}}'`. There are none yet."""
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> DFlashOptions:
+        """Parse the `dflash` key of vLLM's additional config. Raises ValueError naming an unknown key."""
+        options = (additional_config or {}).get("dflash") or {}
+        if not isinstance(options, Mapping):
+            raise ValueError(f"--additional-config's \"dflash\" must be an object, found {options!r}")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(
+                f"--additional-config's \"dflash\" has unknown key(s) {unknown}; known keys: {sorted(known) or 'none'}"
+            )
+        return cls(**options)
+
+
+def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) -> int:
+    """K: what was asked for, or all the block offers. Raises ValueError for more than that.
+
+    A larger K would draft at block positions the drafter never saw in training (paper, table 8).
+    """
+    if requested is None:
+        return config.num_speculative_tokens
+    if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
+        raise ValueError(
+            f"--speculative-config's \"num_speculative_tokens\" must be a positive integer, found {requested!r}"
+        )
+    if requested > config.num_speculative_tokens:
+        raise ValueError(
+            f"--speculative-config's \"num_speculative_tokens\" = {requested}, but {config.source} has block_size = "
+            f"{config.block_size} in its config.json and drafts at most {config.num_speculative_tokens} tokens"
+        )
+    return requested
+
+
+def check_pair(config: DFlashConfig, target: TargetFacts) -> None:
+    """Whether a drafter was made for such a target. Raises ValueError with the key and both values."""
+    last = config.target_layer_ids[-1]
+    if last >= target.num_hidden_layers:
+        raise ValueError(
+            f"{config.source}: dflash_config.target_layer_ids {list(config.target_layer_ids)} reach layer {last}, but "
+            f"the target {target.model} has layers 0..{target.num_hidden_layers - 1}"
+        )
+    if config.num_target_layers not in (None, target.num_hidden_layers):
+        raise ValueError(
+            f"{config.source}: num_target_layers = {config.num_target_layers}, but the target {target.model} has "
+            f"{target.num_hidden_layers}: this drafter was trained for another target"
+        )
+    if config.target_hidden_size != target.hidden_size:
+        raise ValueError(
+            f"{config.source}: the drafter reads target features of width {config.target_hidden_size} "
+            f"(target_hidden_size, else hidden_size), but the target {target.model} has hidden_size = "
+            f"{target.hidden_size}"
+        )
+    if config.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"{config.source}: vocab_size = {config.vocab_size}, but the target {target.model} has {target.vocab_size}"
+        )
+
+
+def check_checkpoint(config: DFlashConfig) -> None:
+    """Check a local drafter's tensors by their headers, before any engine starts.
+
+    A hub checkpoint is checked when it has been downloaded, by the same rules. Raises ValueError naming the tensor or
+    file.
+    """
+    path = Path(config.source)
+    if not path.is_dir() or config.is_quantized:
+        return
+    shapes = read_tensor_shapes(path)
+    check_tensors(config, shapes)
+    check_own_tables(config, shapes)
+
+
+def check_own_tables(config: DFlashConfig, tensor_names: Mapping[str, Any]) -> None:
+    """A drafter of another width than its target cannot borrow the target's embedding and LM head."""
+    if config.hidden_size == config.target_hidden_size:
+        return
+    missing = [name for name in ("embed_tokens.weight", "lm_head.weight") if name not in tensor_names]
+    if missing:
+        raise ValueError(
+            f"{config.source}: hidden_size = {config.hidden_size} differs from the target's "
+            f"{config.target_hidden_size}, so the checkpoint must bring its own {' and '.join(missing)}"
+        )
