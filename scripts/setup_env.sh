@@ -73,8 +73,8 @@ heartbeat() {
 }
 
 explain_pip_failure() {
-    tail -n 15 "$LOG" >&2
-    if grep -q 'torch==.*+cpu' "$LOG" && [[ -z ${TORCH_INDEX_URL:-} ]]; then
+    { grep -E '^ERROR|^ *error:' "$LOG" || tail -n 8 "$LOG"; } | cut -c 1-240 | tail -n 8 >&2
+    if grep -q 'No matching distribution found for torch==.*+cpu' "$LOG" && [[ -z ${TORCH_INDEX_URL:-} ]]; then
         say "pip did not find torch's CPU build. Set TORCH_INDEX_URL to PyTorch's CPU wheel index (the address that" >&2
         say "PyTorch's \"Start Locally\" page shows for Linux, Pip, CPU) and run this again." >&2
     fi
@@ -90,7 +90,7 @@ install_packages() {
     heartbeat 9>&- &
     beat=$!
     "$VENV/bin/python" -m pip install "${options[@]}" --editable ".[$EXTRAS]" >"$LOG" 2>&1 || status=$?
-    kill "$beat" && wait "$beat" 2>/dev/null || true
+    { kill "$beat" && wait "$beat"; } 2>/dev/null || true
     [[ $status == 0 ]] || explain_pip_failure
 }
 
@@ -104,23 +104,20 @@ remove_unusable_packages() {
 }
 
 verify() {
-    local modules=transformers
-    if has_extra cpu || has_extra cuda; then
-        modules="torch transformers vllm"
-    fi
-    say "checking that it imports: $modules"
-    VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" - "$modules" 2>>"$LOG" <<'PYTHON' || {
-import importlib, sys
+    say "checking that it imports"
+    VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" - 2>>"$LOG" <<'PYTHON' || {
+import importlib.util
 
-for name in sys.argv[1].split():
-    print(f"setup:   {name} {importlib.import_module(name).__version__}")
-torch = sys.modules.get("torch")
-if torch is not None:
-    from transformers import PreTrainedModel  # pulls in everything that a broken torchvision would break
+for name in ("torch", "transformers", "vllm"):
+    if importlib.util.find_spec(name):
+        print(f"setup:   {name} {importlib.import_module(name).__version__}")
+if importlib.util.find_spec("torch"):
+    import torch
+    from transformers import PreTrainedModel  # loads everything that an unusable torchvision would break
 
     if torch.version.cuda and not torch.cuda.is_available():
-        print("setup: warning: this torch is a CUDA build and there is no usable GPU. It works, it is only far bigger.")
-        print("setup: warning: for the CPU build set TORCH_INDEX_URL (see scripts/setup_env.sh), remove .venv, run again.")
+        print("setup: warning: torch is a CUDA build and there is no usable GPU. It works, it is only far bigger.")
+        print("setup: warning: for the CPU build remove .venv and run again with TORCH_INDEX_URL, see scripts/setup_env.sh")
 PYTHON
         tail -n 15 "$LOG" >&2
         fail "the environment does not import; whole output: $LOG. To start afresh: rm -rf $VENV"

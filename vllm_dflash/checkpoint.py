@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from vllm_dflash.config import DFlashConfig
@@ -116,12 +117,17 @@ def read_mask_embedding(model_dir: Path, config: DFlashConfig) -> torch.Tensor |
     file = model_dir / MASK_EMBEDDING_FILE
     if not file.is_file():
         return None
-    state = torch.load(file, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{file} is not a readable PyTorch file (truncated download?): {error}") from error
     if isinstance(state, dict):
         token_id = state.get("mask_token_id", config.mask_token_id)
         if token_id != config.mask_token_id:
             raise ValueError(f"{file}: mask_token_id = {token_id}, config.json says {config.mask_token_id}")
-        state = state["embedding"]
+        state = state.get("embedding")
+    if not isinstance(state, torch.Tensor):
+        raise ValueError(f"{file} holds no embedding: neither a tensor nor a dict with the key 'embedding'")
     if state.numel() != config.hidden_size:
         raise ValueError(f"{file}: embedding of shape {list(state.shape)}, hidden_size = {config.hidden_size}")
     return state.reshape(-1)

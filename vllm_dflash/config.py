@@ -25,6 +25,8 @@ _UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
     "use_aux_hidden_state": (None, True),
     "conv_kernel_size": (None, 0),
     "selector_rank": (None, 0),
+    "projector_type": (None, "dflash"),
+    "shift_label": (None, False),
 }
 
 
@@ -148,21 +150,39 @@ def is_dflash_checkpoint(raw: Mapping[str, Any]) -> bool:
 
 
 def _from_speculators(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Translate speculators' layout into the published one. Its layer ids count the embedding as 0."""
-    if "transformer_layer_config" not in raw:
+    """Translate speculators' layout into the published one.
+
+    Its layer ids count the embedding as 0. It trains full layers bidirectional always, and sliding ones as
+    `sliding_window_non_causal` says.
+    """
+    if not isinstance(raw.get("transformer_layer_config"), Mapping):
         raise ValueError(f"{source}: config.json has speculators_model_type but no transformer_layer_config")
     aux_ids = raw.get("aux_hidden_state_layer_ids")
+    if aux_ids is not None and not _are_layer_ids(aux_ids, first=1):
+        raise ValueError(
+            f"{source}: config.json key 'aux_hidden_state_layer_ids' must be a strictly increasing list of integers "
+            f">= 1 (0 is the embedding), found {aux_ids!r}"
+        )
     flat = dict(raw["transformer_layer_config"])
-    for key in ("block_size", "draft_vocab_size", "target_hidden_size", "quantization_config"):
+    for key in ("block_size", "draft_vocab_size", "target_hidden_size", "quantization_config", *_UNSUPPORTED_KEYS):
         if raw.get(key) is not None:
             flat[key] = raw[key]
     flat["dflash_config"] = {
         "mask_token_id": raw.get("mask_token_id"),
         "target_layer_ids": None if aux_ids is None else [i - 1 for i in aux_ids],
-        "sample_from_anchor": raw.get("sample_from_anchor", False),
-        "causal": not raw.get("sliding_window_non_causal", True),
+        "causal": False if raw.get("sliding_window_non_causal", True) else None,
     }
     return flat
+
+
+def _are_layer_ids(ids: Any, first: int) -> bool:
+    """Whether `ids` is a non-empty, strictly increasing list of integers from `first` on."""
+    return (
+        isinstance(ids, list | tuple)
+        and bool(ids)
+        and all(isinstance(i, int) and not isinstance(i, bool) and i >= first for i in ids)
+        and list(ids) == sorted(set(ids))
+    )
 
 
 class _Parser:
@@ -171,6 +191,8 @@ class _Parser:
     def __init__(self, flat: dict[str, Any], source: str) -> None:
         self.flat, self.source = flat, source
         self.dflash: Mapping[str, Any] = flat.get("dflash_config") or {}
+        if not isinstance(self.dflash, Mapping):
+            raise self._error("dflash_config", f"must be an object, found {self.dflash!r}")
 
     def parse(self) -> DFlashConfig:
         self._refuse_unsupported()
@@ -200,7 +222,7 @@ class _Parser:
             max_position_embeddings=self._positive("max_position_embeddings", 32768),
             rope_parameters=self._rope_parameters(),
             is_neox_style=bool(self.flat.get("is_neox_style", True)),
-            num_target_layers=self.flat.get("num_target_layers"),
+            num_target_layers=self._num_target_layers(),
             is_quantized=bool(self.flat.get("quantization_config")),
             source=self.source,
         )
@@ -242,22 +264,26 @@ class _Parser:
         ids = self.dflash.get("target_layer_ids")
         if ids is None:
             return self._default_target_layer_ids()
-        if not isinstance(ids, list | tuple) or not ids or any(not isinstance(i, int) or i < 0 for i in ids):
-            raise self._error(key, f"must be a non-empty list of decoder layer indices >= 0, found {ids!r}")
-        if list(ids) != sorted(set(ids)):
-            raise self._error(key, f"must be strictly increasing, found {ids!r}")
+        if not _are_layer_ids(ids, first=0):
+            raise self._error(key, f"must be a strictly increasing list of decoder layer indices >= 0, found {ids!r}")
         return tuple(ids)
+
+    def _num_target_layers(self) -> int | None:
+        return None if self.flat.get("num_target_layers") is None else self._positive("num_target_layers")
 
     def _default_target_layer_ids(self) -> tuple[int, ...]:
         """As many taps as draft layers, spread evenly from the 2nd to the 3rd-to-last layer (paper, section 4.1)."""
-        depth = self.flat.get("num_target_layers")
-        if not isinstance(depth, int):
-            raise self._error("dflash_config.target_layer_ids", "is missing, and so is num_target_layers to derive it")
+        key, depth = "dflash_config.target_layer_ids", self._num_target_layers()
+        if depth is None:
+            raise self._error(key, "is missing, and so is num_target_layers to derive it")
         taps = self._positive("num_hidden_layers")
         if taps == 1:
             return (depth // 2,)
         first, last = 1, depth - 3
-        return tuple(round(first + i * (last - first) / (taps - 1)) for i in range(taps))
+        ids = tuple(round(first + i * (last - first) / (taps - 1)) for i in range(taps))
+        if not _are_layer_ids(ids, first=0):
+            raise self._error(key, f"is missing, and num_target_layers = {depth} leaves no room for {taps} default taps")
+        return ids
 
     def _layer_types(self) -> list[str]:
         count = self._positive("num_hidden_layers")
@@ -275,7 +301,8 @@ class _Parser:
     def _layer_attention(self, kind: str, slide_all: bool) -> LayerAttention:
         """A layer's window and causality. An explicit causality wins; else layers declared sliding are causal."""
         sliding = kind == SLIDING_ATTENTION
-        causal = self.flat.get("is_causal", self.dflash.get("causal"))
+        causal = self.flat.get("is_causal")
+        causal = self.dflash.get("causal") if causal is None else causal
         return LayerAttention(
             sliding_window=self._sliding_window() if sliding or slide_all else None,
             causal=sliding if causal is None else bool(causal),

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -17,9 +16,11 @@ from typing import Any
 
 from vllm_dflash.benchmark.job import EngineJob, EngineResult, Finished, Ready, Response
 
+#: The engine child; the file descriptor of its pipe comes last.
+CHILD = (sys.executable, "-m", "vllm_dflash.benchmark.offline")
 POLL_S = 0.2
-#: How long vLLM may take to end by itself before its process group is killed.
-GRACE_S = 10.0
+#: How long vLLM may take to end by itself before it is made to.
+GRACE_S = 15.0
 
 
 class EngineFailedError(RuntimeError):
@@ -55,7 +56,7 @@ def _engine_child(job: EngineJob, log: Path) -> Iterator[tuple[subprocess.Popen[
     with log.open("wb") as output, ours:
         with theirs:
             child = subprocess.Popen(
-                [sys.executable, "-m", "vllm_dflash.benchmark.offline", str(theirs.fileno())],
+                [*CHILD, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -88,17 +89,14 @@ def _receive(child: subprocess.Popen[bytes], connection: Connection, log: Path) 
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """Ask the process group to end, then make it."""
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + GRACE_S
-        try:
-            os.killpg(child.pid, sig)
-            while time.monotonic() < deadline:
-                child.poll()  # reaps the leader: a zombie would keep the group alive
-                os.killpg(child.pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return
+    """Ask the child to end if it still runs, then make sure of its whole process group."""
+    with contextlib.suppress(ProcessLookupError):
+        if child.poll() is None:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE_S)
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def engine_environment(job: EngineJob, base: Mapping[str, str]) -> dict[str, str]:

@@ -99,6 +99,8 @@ def _die_with_parent(connection: Connection) -> None:
 
 def main() -> None:
     """Receive a job over the inherited file descriptor argv[1] and send its messages back."""
+    # An exit instead of a sudden death lets vLLM end its own children and give back its shared memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     connection = Connection(int(sys.argv[1]))
     job: EngineJob = connection.recv()
     _die_with_parent(connection)

@@ -26,17 +26,23 @@ from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
 
 
 class DFlashRotaryEmbedding(nn.Module):
-    """cos/sin of the first `rotary_dim` channels; scaled RoPE types through Transformers' own init functions."""
+    """cos/sin of the first `rotary_dim` channels; scaled RoPE types through Transformers' own init functions.
+
+    The frequencies are computed in every forward and never kept: `from_pretrained` builds modules without memory and
+    fills what a checkpoint holds, so a buffer would stay garbage, and a cast of the model would round it.
+    """
 
     def __init__(self, config: DFlashConfig, hf_config: Qwen3Config) -> None:
         super().__init__()
-        rope = config.rope_parameters
-        if rope["rope_type"] == "default":
-            exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float) / config.rotary_dim
-            inv_freq, self.attention_scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
-        else:
-            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)  # [rotary_dim / 2]
+        self.config, self.hf_config = config, hf_config
+
+    def _frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
+        """Radians a position [rotary_dim / 2], fp32, and the factor on cos and sin."""
+        rope, rotary_dim = self.config.rope_parameters, self.config.rotary_dim
+        if rope["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.hf_config, device)
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device) / rotary_dim
+        return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
     def forward(
         self,
@@ -44,9 +50,10 @@ class DFlashRotaryEmbedding(nn.Module):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each [B, 1, S, rotary_dim], computed in fp32."""
-        angles = position_ids[..., None].float() * self.inv_freq.float()  # [B, S, rotary_dim / 2]
+        inv_freq, scaling = self._frequencies(position_ids.device)
+        angles = position_ids[..., None].float() * inv_freq  # [B, S, rotary_dim / 2]
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
 def rotate(

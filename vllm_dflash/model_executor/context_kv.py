@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV injection: context states -> K/V of all draft layers -> paged caches (paper, section 3.1).
+"""Fusion and KV injection: target features -> K/V of all draft layers -> paged caches (paper, section 3.1).
 
 Every draft layer reads the target's features as keys and values of its own making. They enter the cache here, before
 the block forward, so that the block's rows find them like any other cached context.
@@ -11,27 +11,48 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
+from vllm.model_executor.models.utils import get_draft_quant_config
 
 from vllm_dflash.config import DFlashConfig
 
 
+@support_torch_compile(dynamic_arg_dims={"features": 0, "positions": 0})
 class ContextKV(nn.Module):
-    """K/V of the context rows for all L draft layers at once: one GEMM, one norm, one rotation.
+    """K/V of the context rows for all L draft layers at once: one fusion, one GEMM, one norm, one rotation.
 
     The stacked projection is a copy of the layers' k/v rows, so that T rows cost one matrix product instead of L.
     A quantized drafter keeps its packed weights and projects layer by layer.
     """
 
-    def __init__(self, config: DFlashConfig, projections: Sequence[QKVParallelLinear], rotary_emb: nn.Module) -> None:
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        config: DFlashConfig,
+        projections: Sequence[QKVParallelLinear],
+        rotary_emb: nn.Module,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
         self.num_layers = config.num_hidden_layers
         self.num_kv_heads = projections[0].num_kv_heads
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
-        # Kept out of the module tree: these belong to the layers.
-        self._shared = (tuple(projections), rotary_emb)
+        self._shared = (tuple(projections), rotary_emb)  # a tuple, since these modules belong to the layers
+        self.fc = ReplicatedLinear(
+            len(config.target_layer_ids) * config.target_hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=get_draft_quant_config(vllm_config),
+            prefix="fc",
+            return_bias=False,
+        )
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         rows = 2 * self.num_layers * self.num_kv_heads * self.head_dim
         self.kv_proj = (
             None
@@ -46,25 +67,20 @@ class ContextKV(nn.Module):
         self.k_norm_weight.copy_(torch.stack([norm.weight for norm in k_norms])[:, None, :])
         if self.kv_proj is None:
             return
-        for parameter in ("weight", "bias"):
-            if getattr(self.kv_proj, parameter) is not None:
-                qkv = [getattr(projection, parameter) for projection in self._shared[0]]
-                getattr(self.kv_proj, parameter).copy_(torch.cat([self._k_rows(w) for w in qkv] + [
-                    self._v_rows(w) for w in qkv
-                ]))
+        for kind in ("weight", "bias"):
+            stacked = getattr(self.kv_proj, kind)
+            if stacked is not None:
+                parts = [self._split_kv(getattr(projection, kind), dim=0) for projection in self._shared[0]]
+                stacked.copy_(torch.cat([k for k, _ in parts] + [v for _, v in parts]))
 
-    def _k_rows(
+    def _split_kv(
         self,
-        qkv: torch.Tensor,  # [q + k + v rows, ...]
-    ) -> torch.Tensor:
+        qkv: torch.Tensor,  # q, k and v rows along `dim`
+        dim: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         size = self.num_kv_heads * self.head_dim
-        return qkv[-2 * size : -size]
-
-    def _v_rows(
-        self,
-        qkv: torch.Tensor,  # [q + k + v rows, ...]
-    ) -> torch.Tensor:
-        return qkv[-self.num_kv_heads * self.head_dim :]
+        _, k, v = qkv.split([qkv.shape[dim] - 2 * size, size, size], dim=dim)
+        return k, v
 
     def _project(
         self,
@@ -72,24 +88,10 @@ class ContextKV(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each [T, L*heads*D], layer-major within a row."""
         if self.kv_proj is not None:
-            return self.kv_proj(states).chunk(2, dim=-1)
-        size = self.num_kv_heads * self.head_dim
-        rows = [projection(states)[0] for projection in self._shared[0]]
-        k = torch.cat([row[:, -2 * size : -size] for row in rows], dim=-1)
-        return k, torch.cat([row[:, -size:] for row in rows], dim=-1)
-
-    def forward(
-        self,
-        states: torch.Tensor,  # [T, H]
-        positions: torch.Tensor,  # [T]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys, normed and rotated at `positions`, and values of every layer: each [T, L, heads, D]."""
-        shape = (-1, self.num_layers, self.num_kv_heads, self.head_dim)
-        k, v = self._project(states)
-        k = self._norm(k.view(shape)).flatten(1)
-        # All layers share one RoPE, so a row's heads of all layers turn together as if they were one layer's.
-        k, _ = self._shared[1](positions, k, None)
-        return k.view(shape), v.view(shape)
+            k, v = self.kv_proj(states).chunk(2, dim=-1)
+            return k, v
+        parts = [self._split_kv(projection(states)[0], dim=1) for projection in self._shared[0]]
+        return torch.cat([k for k, _ in parts], dim=-1), torch.cat([v for _, v in parts], dim=-1)
 
     def _norm(
         self,
@@ -102,6 +104,20 @@ class ContextKV(nn.Module):
         wide = k.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
         return wide.to(k.dtype) * self.k_norm_weight
+
+    def forward(
+        self,
+        features: torch.Tensor,  # [T, F*H]
+        positions: torch.Tensor,  # [T]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, normed and rotated at `positions`, and values of every layer: each [T, L, heads, D]."""
+        states = self.hidden_norm(self.fc(features))  # [T, H], shared by all layers
+        shape = (-1, self.num_layers, self.num_kv_heads, self.head_dim)
+        k, v = self._project(states)
+        k = self._norm(k.reshape(shape)).flatten(1)
+        # All layers share one RoPE, so a row's heads of all layers turn together as if they were one layer's.
+        k, _ = self._shared[1](positions, k, None)
+        return k.view(shape), v.reshape(shape)
 
 
 def write_context_kv(

@@ -35,7 +35,7 @@ def load_draft_weights(model: DFlashDraftModel, weights: Iterable[tuple[str, tor
     parameters = dict(model.named_parameters())
     loaded = {_load_one(parameters, name, tensor) for name, tensor in tensors.items() if not _is_special(name)}
     model.context_kv.gather_weights([attention.k_norm for attention in model.attentions])
-    loaded |= {name for name in parameters if name.startswith("context_kv.")}
+    loaded |= {name for name in parameters if name.startswith("context_kv.kv_proj.")}
     _load_mask_embedding(model)
     return loaded
 
@@ -46,7 +46,7 @@ def _is_special(name: str) -> bool:
 
 def _make_own_tables(model: DFlashDraftModel, tensors: dict[str, torch.Tensor]) -> None:
     """Create what the checkpoint brings of its own; what it lacks is the target's and costs no memory here."""
-    device, dtype = model.hidden_norm.weight.device, model.hidden_norm.weight.dtype
+    device, dtype = model.backbone.norm.weight.device, model.backbone.norm.weight.dtype
     with set_current_vllm_config(model.vllm_config), torch.device(device):
         if "embed_tokens.weight" in tensors:
             model.embed_tokens = model.new_embedding().to(dtype)
@@ -65,6 +65,8 @@ def _load_one(parameters: dict[str, nn.Parameter], name: str, tensor: torch.Tens
             break
     if name.startswith(("layers.", "norm.")):
         name = f"backbone.{name}"
+    elif name.startswith(("fc.", "hidden_norm.")):
+        name = f"context_kv.{name}"
     if name not in parameters:
         raise ValueError(f"the drafter has no parameter {name!r} for a tensor of its checkpoint")
     parameter = parameters[name]
@@ -78,5 +80,5 @@ def _load_mask_embedding(model: DFlashDraftModel) -> None:
     draft_config = model.vllm_config.speculative_config.draft_model_config
     embedding = read_mask_embedding(resolve_model_dir(draft_config.model, draft_config.revision), model.config)
     if embedding is not None:
-        weight = model.hidden_norm.weight
+        weight = model.backbone.norm.weight
         model.mask_embedding = embedding.to(weight.device, weight.dtype)

@@ -78,7 +78,7 @@ class DFlashProposer:
         num_tokens_across_dp: torch.Tensor | None = None,
     ) -> None:
         """Run all the arithmetic of a step without touching a cache: for memory profiling and warm-up."""
-        self.model.context_kv(self.model.fuse(features), positions)
+        self.model.context_kv(features, positions)
         hidden_states = denoise(self.model, block, None, {}, self.vllm_config, num_tokens_across_dp)
         greedy_drafts(self.model, hidden_states, block.num_query_rows)
 
@@ -87,7 +87,7 @@ class DFlashProposer:
         features: torch.Tensor,  # [T, F*H]
         rows: ContextRows,
     ) -> None:
-        k, v = self.model.context_kv(self.model.fuse(features), rows.positions)
+        k, v = self.model.context_kv(features, rows.positions)
         write_context_kv(self.layers, k, v, [rows.slot_mappings[group] for group in self._group_of_layer])
 
     def _by_layer_name(self, slot_mappings: Sequence[torch.Tensor]) -> Mapping[str, Any]:

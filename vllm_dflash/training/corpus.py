@@ -19,7 +19,7 @@ from pathlib import Path
 HELD_OUT_PER_MILLE = 40
 MAX_FILE_BYTES = 400_000
 # Third-party code, deliberately broken sources, character tables: nothing a language model should learn to continue.
-SKIPPED_PARTS = frozenset({"site-packages", "__pycache__", "lib2to3", "encodings", "idlelib", "data", "encoded_modules"})
+SKIPPED_PARTS = frozenset(("site-packages", "lib2to3", "encodings", "idlelib", "data", "encoded_modules"))
 DOCS_FILE = "pydoc_data/topics.py"
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance of a drafter on prompts that neither model has seen, at temperature 0.
 
-    python -m vllm_dflash.training.evaluate --target DIR --drafter DIR --prompts heldout.jsonl
+python -m vllm_dflash.training.evaluate --target DIR --drafter DIR --prompts heldout.jsonl
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -64,8 +65,26 @@ def acceptance(
     return Acceptance(drafts, tuple(accepted))
 
 
+def acceptance_records(
+    draft: DFlashDraftModel,
+    target: torch.nn.Module,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    end_ids: list[int] | None,
+) -> list[dict[str, Any]]:
+    """One JSON-ready record over all prompts, then one for each kind of prompt."""
+    records = []
+    for name in ("all", *sorted({prompt.kind for prompt in prompts})):
+        group = [prompt for prompt in prompts if name in ("all", prompt.kind)]
+        result = acceptance(draft, target, group, max_new_tokens, end_ids)
+        record: dict[str, Any] = {"prompts": name, "count": len(group), "max_new_tokens": max_new_tokens}
+        record |= {"acceptance_length": round(result.length, 3), "drafts": result.drafts}
+        records.append(record | {"per_position": [round(share, 3) for share in result.per_position]})
+    return records
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Print one JSON line per kind of prompt, and one over all."""
+    """Print one JSON line over all prompts, and one for each kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, required=True, help="directory of the target")
     parser.add_argument("--drafter", type=Path, required=True, help="directory of the drafter")
@@ -79,17 +98,15 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{flag} {path}: no config.json there")
     if not arguments.prompts.is_file():
         parser.error(f"--prompts {arguments.prompts}: no such file")
+    if arguments.max_new_tokens < 2:
+        parser.error(f"--max-new-tokens {arguments.max_new_tokens}: nothing is drafted below 2")
     dtype = getattr(torch, arguments.dtype)
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).eval()
     draft = DFlashDraftModel.from_pretrained(str(arguments.drafter), dtype=dtype).eval()
     ends = target.generation_config.eos_token_id
     end_ids = None if arguments.ignore_eos else [ends] if isinstance(ends, int) else ends
     prompts = read_prompts(arguments.prompts)
-    groups = {"all": prompts} | {kind: [p for p in prompts if p.kind == kind] for kind in sorted({p.kind for p in prompts})}
-    for name, group in groups.items():
-        result = acceptance(draft, target, group, arguments.max_new_tokens, end_ids)
-        record = {"prompts": name, "count": len(group), "acceptance_length": round(result.length, 3)}
-        record |= {"drafts": result.drafts, "per_position": [round(share, 3) for share in result.per_position]}
+    for record in acceptance_records(draft, target, prompts, arguments.max_new_tokens, end_ids):
         print(json.dumps(record))
 
 

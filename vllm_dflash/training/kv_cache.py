@@ -17,8 +17,14 @@ class RoomyLayer(DynamicLayer):
         self.capacity = capacity
         self.room: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Append new keys and values [B, heads, new, D]; returns all of them. Raises ValueError past the capacity."""
+    def update(
+        self,
+        key_states: Tensor,  # [B, heads, new, D]
+        value_states: Tensor,  # [B, heads, new, D]
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Append; returns all keys and values so far. Raises ValueError past the capacity."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()

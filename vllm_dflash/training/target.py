@@ -6,6 +6,7 @@ Letters: B windows a batch, W window length in tokens, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from vllm_dflash.training.checkpoint import drop_state, load_state, save_state
 from vllm_dflash.training.corpus import Document, snippets
 from vllm_dflash.training.schedule import cosine_with_warmup
 from vllm_dflash.training.tokenizer import END_OF_TEXT, IM_END, MAX_LENGTH, chat_text
@@ -40,7 +42,15 @@ class TargetSettings:
     warmup: float = 0.02  # share of all steps
     seed: int = 0
     compile: bool = True
-    checkpoint_every: int = 500  # steps
+    checkpoint_every: int = 250  # steps
+
+    @property
+    def phase_steps(self) -> list[int]:
+        return [int(self.tokens * share / self.batch_tokens) for _, share in self.phases]
+
+    @property
+    def steps(self) -> int:
+        return sum(self.phase_steps)
 
 
 def target_config(vocab_size: int, eos_token_id: int) -> Qwen3Config:
@@ -100,31 +110,39 @@ def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def train_target(stream: np.ndarray, config: Qwen3Config, settings: TargetSettings, output: Path) -> Qwen3ForCausalLM:
-    """Train from scratch on `stream` ([N] token ids); checkpoints go to `output`, the final model too (bf16)."""
+    """Train on `stream` ([N] token ids) and write the bf16 model to `output`; goes on from a checkpoint there."""
     torch.manual_seed(settings.seed)
-    rng = random.Random(settings.seed)
     model = Qwen3ForCausalLM(config).float().train()
-    forward = torch.compile(model) if settings.compile else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
-    plan = [length for length, share in settings.phases for _ in range(int(settings.tokens * share / settings.batch_tokens))]
-    batches = {length: windows(stream, length, settings.batch_tokens // length, rng) for length, _ in settings.phases}
-    started = time.monotonic()
-    for step, length in enumerate(plan, start=1):
-        scale = cosine_with_warmup(step, len(plan), settings.warmup)
+    done = load_state(output, model, optimizer)
+    forward = torch.compile(model) if settings.compile else model
+    steps, started = settings.steps, time.monotonic()
+    for step, batch in enumerate(planned_batches(stream, settings), start=1):
+        if step <= done:
+            continue
+        scale = cosine_with_warmup(step, steps, settings.warmup)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * scale
-        loss = next_token_loss(forward, next(batches[length]))
+        loss = next_token_loss(forward, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == len(plan):
-            speed = step * settings.batch_tokens / (time.monotonic() - started)
-            logger.info("target step %d/%d loss %.3f, %.0f tokens/s", step, len(plan), loss.item(), speed)
+        if step % 50 == 0 or step == steps:
+            speed = (step - done) * settings.batch_tokens / (time.monotonic() - started)
+            logger.info("target step %d/%d loss %.3f, %.0f tokens/s", step, steps, loss.item(), speed)
         if step % settings.checkpoint_every == 0:
-            save_target(model, output)
+            save_state(output, step, model, optimizer)
+    drop_state(output)
     return save_target(model, output)
+
+
+def planned_batches(stream: np.ndarray, settings: TargetSettings) -> Iterator[Tensor]:
+    """All batches of a training, phase by phase, the same ones for the same seed."""
+    rng = random.Random(settings.seed)
+    for (length, _), steps in zip(settings.phases, settings.phase_steps, strict=True):
+        yield from itertools.islice(windows(stream, length, settings.batch_tokens // length, rng), steps)
 
 
 def save_target(model: Qwen3ForCausalLM, output: Path) -> Qwen3ForCausalLM:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
@@ -16,6 +17,7 @@ from transformers import Qwen3Config
 
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.anchors import block_labels, block_positions, block_token_ids, choose_anchors
+from vllm_dflash.training.checkpoint import drop_state, load_state, save_state
 from vllm_dflash.training.data import Batch, batches, target_features
 from vllm_dflash.training.loss import block_accuracy, block_loss
 from vllm_dflash.training.masks import block_mask
@@ -43,7 +45,7 @@ class DrafterSettings:
     warmup: float = 0.04  # share of the steps
     seed: int = 2
     compile: bool = True
-    checkpoint_every: int = 500  # steps
+    checkpoint_every: int = 250  # steps
 
 
 def drafter_config(target: Qwen3Config, mask_token_id: int, settings: DrafterSettings) -> Qwen3Config:
@@ -104,21 +106,25 @@ def train_drafter(
     settings: DrafterSettings,
     output: Path,
 ) -> DFlashDraftModel:
-    """Train from scratch; checkpoints and the final bf16 model go to `output` in the published layout."""
+    """Train and write the bf16 model to `output` in the published layout; goes on from a checkpoint there."""
     torch.manual_seed(settings.seed)
-    rng, generator = random.Random(settings.seed), torch.Generator().manual_seed(settings.seed)
     draft = DFlashDraftModel(config).float().train()
-    forward = torch.compile(draft, dynamic=False) if settings.compile else draft
     target = target.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    stream = batches(responses, settings.buckets, settings.batch_tokens, rng)
+    done = load_state(output, draft, optimizer)
+    forward = torch.compile(draft, dynamic=False) if settings.compile else draft
+    stream = batches(responses, settings.buckets, settings.batch_tokens, random.Random(settings.seed))
     started = time.monotonic()
-    for step in range(1, settings.steps + 1):
+    for step, batch in enumerate(itertools.islice(stream, settings.steps), start=1):
+        if step <= done:
+            continue
         scale = cosine_with_warmup(step, settings.steps, settings.warmup)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * scale
-        logits, labels = draft_batch(forward, target, next(stream), settings, draft.mask_token_id, generator)
+        # Seeded by the step, so that a resumed training draws the anchors of an uninterrupted one.
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        logits, labels = draft_batch(forward, target, batch, settings, draft.mask_token_id, generator)
         loss = block_loss(logits, labels, settings.gamma)
         loss.backward()
         nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
@@ -128,7 +134,8 @@ def train_drafter(
             run, seconds = block_accuracy(logits, labels).run, time.monotonic() - started
             logger.info("drafter step %d/%d loss %.3f run %.2f, %.0f s", step, settings.steps, loss, run, seconds)
         if step % settings.checkpoint_every == 0:
-            save_drafter(draft, output)
+            save_state(output, step, draft, optimizer)
+    drop_state(output)
     return save_drafter(draft, output)
 
 

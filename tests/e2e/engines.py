@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting engine processes for the end-to-end tests, and the shipped pair they run on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = ROOT / "models" / "tiny-python"
+TARGET, DRAFTER = PAIR / "target", PAIR / "drafter"
+CHILD = Path(__file__).with_name("engine_child.py")
+#: An engine start takes 15-40 s on two cores; a hang must end long before the whole suite's limit.
+TIMEOUT_S = 420
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation run: what each prompt got, by step, and vLLM's counters over it."""
+
+    token_ids: list[list[int]]
+    step_lengths: list[list[int]]
+    counters: dict[str, float]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Pooled: 1 + accepted / drafts, bonus token included."""
+        drafts = self.counters["vllm:spec_decode_num_drafts"]
+        return 1 + self.counters["vllm:spec_decode_num_accepted_tokens"] / drafts
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a CPU engine needs; one thread, so that results do not depend on the machine's cores."""
+    return os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **extra,
+    }
+
+
+def run_engine(
+    folder: Path, llm: dict[str, Any], runs: list[dict[str, Any]], plant_bias: float = 0.0, **env: str
+) -> dict[str, Run]:
+    """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
+    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias}))
+    # Engine core and worker in the child's own process: no start-up of two more interpreters.
+    one_process = {} if llm.get("tensor_parallel_size", 1) > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with log.open("w") as stream:
+        done = subprocess.run(
+            [sys.executable, str(CHILD), str(job), str(result)],
+            env=environment(**one_process, **env),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=TIMEOUT_S,
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"engine failed ({done.returncode}), {log}:\n" + "\n".join(log.read_text().splitlines()[-40:]))
+    return {name: Run(**fields) for name, fields in json.loads(result.read_text()).items()}
+
+
+def held_out_prompts(count: int) -> list[list[int]]:
+    """Token ids of the first `count` held-out prompts of the shipped pair."""
+    lines = (PAIR / "heldout.jsonl").read_text().splitlines()[:count]
+    return [json.loads(line)["prompt_token_ids"] for line in lines]
+
+
+def dflash(model: Path = DRAFTER, **extra: Any) -> dict[str, Any]:
+    """The speculative config of the tests: only method and model, K by default."""
+    return {"speculative_config": {"method": "dflash", "model": str(model), **extra}}

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user's engine arguments become, on vLLM's real EngineArgs and tiny checkpoints on disk. No engine starts.
+
+The plugin comes in as for any user: vLLM finds its entry point when engine arguments are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from vllm.config import ParallelConfig, SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.helpers import (
+    ABSENT,
+    drafter_config,
+    speculators_config,
+    target_config,
+    truncate,
+    write_config,
+    write_drafter,
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A target's config.json. Its weights are never looked at."""
+    return str(write_config(tmp_path_factory.mktemp("target"), target_config()))
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A drafter for the target, block size 16. The name must not say "dflash": vLLM would infer the method."""
+    return str(write_drafter(tmp_path_factory.mktemp("drafter")))
+
+
+def engine_args(target: str, **arguments: Any) -> EngineArgs:
+    return EngineArgs(model=target, skip_tokenizer_init=True, dtype="float32", max_model_len=128, **arguments)
+
+
+def speculative(target: str, drafter: str, additional_config: Any = None, **config: Any) -> SpeculativeConfig:
+    """The speculative config of an engine with method dflash."""
+    arguments = {} if additional_config is None else {"additional_config": additional_config}
+    config = {"method": "dflash", "model": drafter} | config
+    made = engine_args(target, speculative_config=config, **arguments).create_engine_config().speculative_config
+    assert made is not None
+    return made
+
+
+def complaint(target: str, drafter: str, **config: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        speculative(target, drafter, **config)
+    return str(caught.value)
+
+
+# K.
+
+
+def test_k_defaults_to_the_block(target: str, drafter: str) -> None:
+    config = speculative(target, drafter)
+    assert (config.method, config.num_speculative_tokens) == ("dflash", 15)
+
+
+@pytest.mark.parametrize("given", [1, 7, 15])
+def test_k_given_is_kept(target: str, drafter: str, given: int) -> None:
+    assert speculative(target, drafter, num_speculative_tokens=given).num_speculative_tokens == given
+
+
+def test_k_of_another_block(target: str, tmp_path: Path) -> None:
+    assert speculative(target, str(write_drafter(tmp_path, block_size=4))).num_speculative_tokens == 3
+
+
+def test_k_of_a_speculators_drafter(target: str, tmp_path: Path) -> None:
+    write_config(write_drafter(tmp_path, block_size=8), speculators_config(block_size=8))
+    assert speculative(target, str(tmp_path)).num_speculative_tokens == 7
+
+
+def test_k_defaults_when_vllm_infers_the_method(target: str, tmp_path: Path) -> None:
+    named = write_drafter(tmp_path / "Qwen3-DFlash-b16")
+    args = engine_args(target, speculative_config={"model": str(named)})
+    made = args.create_engine_config().speculative_config
+    assert (made.method, made.num_speculative_tokens) == ("dflash", 15)
+
+
+def test_the_users_own_dict_is_not_changed(target: str, drafter: str) -> None:
+    config = {"method": "dflash", "model": drafter}
+    engine_args(target, speculative_config=config).create_engine_config()
+    assert config == {"method": "dflash", "model": drafter}
+
+
+@pytest.mark.parametrize("given", [16, 40])
+def test_k_beyond_the_block_is_refused(target: str, drafter: str, given: int) -> None:
+    message = complaint(target, drafter, num_speculative_tokens=given)
+    assert f'"num_speculative_tokens" = {given}' in message
+    assert "block_size = 16" in message
+
+
+@pytest.mark.parametrize("given", [0, -1, "7"])
+def test_k_that_is_no_number_of_tokens_is_refused(target: str, drafter: str, given: Any) -> None:
+    message = complaint(target, drafter, num_speculative_tokens=given)
+    assert f'"num_speculative_tokens" must be a positive integer, found {given!r}' in message
+
+
+# The --spec-* flags.
+
+
+def from_flags(*flags: str) -> EngineArgs:
+    parser = EngineArgs.add_cli_args(argparse.ArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(flags))
+
+
+def common_flags(target: str) -> tuple[str, ...]:
+    return ("--model", target, "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "128")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), 15), (("--spec-tokens", "7"), 7)])
+def test_spec_flags(target: str, drafter: str, flags: tuple[str, ...], expected: int) -> None:
+    args = from_flags(*common_flags(target), "--spec-method", "dflash", "--spec-model", drafter, *flags)
+    made = args.create_engine_config().speculative_config
+    assert (made.method, made.model, made.num_speculative_tokens) == ("dflash", drafter, expected)
+
+
+def test_spec_flags_are_checked(target: str, drafter: str) -> None:
+    flags = ("--spec-method", "dflash", "--spec-model", drafter, "--spec-tokens", "16")
+    with pytest.raises(ValueError, match="block_size = 16"):
+        from_flags(*common_flags(target), *flags).create_engine_config()
+
+
+def test_json_and_flags_together(target: str, drafter: str) -> None:
+    config = f'{{"method": "dflash", "model": "{drafter}"}}'
+    args = from_flags(*common_flags(target), "--speculative-config", config, "--spec-tokens", "5")
+    assert args.create_engine_config().speculative_config.num_speculative_tokens == 5
+
+
+# Pairs and checkpoints that do not fit. Without these checks most of them would draft rubbish without a word.
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dflash_config": {"target_layer_ids": [1, 6]}}, ["dflash_config.target_layer_ids", "layer 6", "0..5"]),
+        ({"num_target_layers": 12}, ["num_target_layers = 12", "has 6"]),
+        ({"target_hidden_size": 56}, ["target_hidden_size", "56", "hidden_size = 48"]),
+        ({"hidden_size": 56}, ["hidden_size", "56", "hidden_size = 48"]),
+        ({"vocab_size": 100}, ["vocab_size = 100", "96"]),
+        ({"block_size": ABSENT}, ["'block_size'", "None"]),
+        ({"dflash_config": {"mask_token_id": ABSENT}}, ["dflash_config.mask_token_id", "missing"]),
+        ({"dflash_config": {"mask_token_id": 96}}, ["dflash_config.mask_token_id", "96"]),
+        ({"num_hidden_layers": 3}, ["missing tensor(s)", "layers.2.input_layernorm.weight"]),
+        ({"intermediate_size": 64}, ["layers.0.mlp.down_proj.weight", "[48, 80]", "[48, 64]"]),
+        ({"hidden_size": 56, "target_hidden_size": 48}, ["fc.weight", "[48, 96]", "[56, 96]"]),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_refused(
+    target: str, tmp_path: Path, changes: dict[str, Any], expected: list[str]
+) -> None:
+    """The tensors are the plain drafter's throughout; its config.json says something else."""
+    message = complaint(target, str(write_config(write_drafter(tmp_path), drafter_config(**changes))))
+    assert str(tmp_path) in message
+    for part in expected:
+        assert part in message
+
+
+def test_another_width_needs_tables_of_its_own(target: str, tmp_path: Path) -> None:
+    bare = write_drafter(tmp_path / "bare", hidden_size=56, target_hidden_size=48)
+    assert "its own embed_tokens.weight and lm_head.weight" in complaint(target, str(bare))
+    tables = ["embed_tokens.weight", "lm_head.weight"]
+    whole = write_drafter(tmp_path / "whole", hidden_size=56, target_hidden_size=48, own_tensors=tables)
+    assert speculative(target, str(whole)).num_speculative_tokens == 15
+
+
+def test_directory_without_config_json(target: str, tmp_path: Path) -> None:
+    message = complaint(target, str(tmp_path))
+    assert f"no config.json in the drafter's directory {tmp_path}" in message
+    assert "--speculative-config" in message
+
+
+def test_config_json_that_is_not_json(target: str, tmp_path: Path) -> None:
+    (write_drafter(tmp_path) / "config.json").write_text("{", encoding="utf-8")
+    assert f"{tmp_path / 'config.json'} is not valid JSON" in complaint(target, str(tmp_path))
+
+
+def test_truncated_weights(target: str, tmp_path: Path) -> None:
+    file = write_drafter(tmp_path) / "model.safetensors"
+    truncate(file)
+    message = complaint(target, str(tmp_path))
+    assert str(file) in message
+    assert "truncated download" in message
+
+
+def test_directory_without_weights(target: str, tmp_path: Path) -> None:
+    message = complaint(target, str(write_config(tmp_path, drafter_config())))
+    assert f"no *.safetensors in the drafter's directory {tmp_path}" in message
+
+
+# Options.
+
+
+def test_unknown_option_is_refused(target: str, drafter: str) -> None:
+    message = complaint(target, drafter, additional_config={"dflash": {"nope": 1}})
+    assert "--additional-config" in message
+    assert "['nope']" in message
+
+
+def test_options_of_others_are_none_of_ours(target: str, drafter: str) -> None:
+    additional_config = {"another_plugin": {"nope": 1}, "dflash": {}}
+    assert speculative(target, drafter, additional_config=additional_config).num_speculative_tokens == 15
+
+
+# What is vLLM's stays vLLM's.
+
+
+def test_dflash2_is_passed_on_untouched(target: str, tmp_path: Path) -> None:
+    """K beyond the block, and no weights at all: none of our checks was made.
+
+    Not through a whole engine config: vLLM's V1 runner does not draft with DFlash2 either.
+    """
+    drafter = str(write_config(tmp_path, drafter_config(architectures=["DFlash2DraftModel"], conv_kernel_size=2)))
+    config = {"method": "dflash", "model": drafter, "num_speculative_tokens": 20}
+    args = engine_args(target, speculative_config=config)
+    made = args.create_speculative_config(args.create_model_config(), ParallelConfig())
+    assert (made.method, made.num_speculative_tokens) == ("dflash", 20)
+
+
+def test_dflash2_gets_no_default_k(target: str, tmp_path: Path) -> None:
+    drafter = str(write_config(tmp_path, drafter_config(architectures=["DFlash2DraftModel"])))
+    assert "`num_speculative_tokens` was not provided" in complaint(target, drafter)
+
+
+def test_other_methods_are_passed_on_untouched(target: str) -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 40, "prompt_lookup_max": 4}
+    args = engine_args(target, speculative_config=config, additional_config={"dflash": {"nope": 1}})
+    made = args.create_engine_config().speculative_config
+    assert (made.method, made.num_speculative_tokens) == ("ngram", 40)
+
+
+def test_without_speculation(target: str) -> None:
+    assert engine_args(target).create_engine_config().speculative_config is None

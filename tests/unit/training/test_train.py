@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny trainings: the loss falls, what is written loads again, an interruption changes nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import MASK_ID, VOCAB_SIZE, counting_responses, tiny_target
+
+from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.training.checkpoint import STATE_FILE
+from vllm_dflash.training.data import collate
+from vllm_dflash.training.loss import block_accuracy, block_loss
+from vllm_dflash.training.schedule import cosine_with_warmup
+from vllm_dflash.training.target import TargetSettings, next_token_loss, train_target
+from vllm_dflash.training.train import DrafterSettings, draft_batch, drafter_config, train_drafter
+
+SETTINGS = DrafterSettings(
+    num_layers=1,
+    intermediate_size=48,
+    target_layer_ids=(0, 2),
+    block_size=4,
+    steps=200,
+    batch_tokens=320,
+    tokens_per_anchor=5,
+    buckets=(20, 40),
+    learning_rate=2e-2,
+    compile=False,
+)
+
+
+def measure(draft, target):
+    batch = collate(counting_responses(8), 40)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        logits, labels = draft_batch(draft, target, batch, SETTINGS, MASK_ID, generator)
+    return block_loss(logits, labels, SETTINGS.gamma).item(), block_accuracy(logits, labels).run
+
+
+def test_drafter_learns_a_pattern_and_loads_again(tmp_path):
+    target = tiny_target()
+    config = drafter_config(target.config, MASK_ID, SETTINGS)
+    torch.manual_seed(0)
+    loss_before, run_before = measure(DFlashDraftModel(config), target)
+    trained = train_drafter(target, counting_responses(64), config, SETTINGS, tmp_path)
+    loaded = DFlashDraftModel.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
+    loss, run = measure(loaded, target)
+    assert loss < 0.3 * loss_before
+    assert run > 2.5 > run_before  # of 3
+    assert loaded.target_layer_ids == (0, 2) and loaded.block_size == 4 and loaded.mask_token_id == MASK_ID
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(weight.float(), loaded.state_dict()[name]), name
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    target, settings = tiny_target(), replace(SETTINGS, steps=8, checkpoint_every=3)
+    config, responses = drafter_config(target.config, MASK_ID, settings), counting_responses(16)
+    whole = train_drafter(target, responses, config, settings, tmp_path / "whole")
+
+    calls = 0
+
+    def interrupted(step, steps, warmup):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return cosine_with_warmup(step, steps, warmup)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("vllm_dflash.training.train.cosine_with_warmup", interrupted)
+        train_drafter(target, responses, config, settings, tmp_path / "cut")
+    assert (tmp_path / "cut" / STATE_FILE).exists() and not (tmp_path / "cut" / "model.safetensors").exists()
+    resumed = train_drafter(target, responses, config, settings, tmp_path / "cut")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_target_is_left_as_it_was(tmp_path):
+    target = tiny_target()
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    config = drafter_config(target.config, MASK_ID, SETTINGS)
+    train_drafter(target, counting_responses(8), config, replace(SETTINGS, steps=2), tmp_path)
+    assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
+
+
+def test_target_training_lowers_the_loss(tmp_path):
+    stream = np.array([4 + i % 28 for i in range(3000)], dtype=np.uint16)
+    settings = TargetSettings(tokens=15_360, batch_tokens=256, phases=((32, 0.9), (64, 0.1)), compile=False)
+    assert settings.phase_steps == [54, 6]
+    untrained = tiny_target()
+    batch = torch.from_numpy(stream[:132].astype(np.int64)).view(4, 33)
+    before = next_token_loss(untrained, batch).item()
+    trained = train_target(stream, untrained.config, settings, tmp_path)
+    assert next_token_loss(trained, batch).item() < 0.3 * before
+    assert trained.config.vocab_size == VOCAB_SIZE and (tmp_path / "generation_config.json").exists()
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    factors = [cosine_with_warmup(step, 100, 0.04) for step in range(1, 101)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[51] == pytest.approx(0.5)  # step 52: half of the 96 steps after the warm-up
+    assert factors[99] == pytest.approx(0.0)

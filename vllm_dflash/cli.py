@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vllm-dflash`. Each command imports what it needs when it runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from vllm_dflash import __version__
+
+app = typer.Typer(
+    help="DFlash speculative decoding for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Dtype(str, Enum):
+    """What vLLM computes in. `auto` follows the checkpoint."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Target = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Target model, a directory or hub id. Default: the shipped one.")
+]
+Drafter = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Its drafter, a directory or hub id. Default: the shipped one.")
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Output tokens of each prompt, at most.")]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(
+        "-k",
+        "--num-speculative-tokens",
+        min=1,
+        help="Draft tokens a step. Default: as many as the drafter's block holds.",
+    ),
+]
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show what the user can put right as one message instead of a traceback."""
+    from vllm_dflash.console import CommandError
+
+    try:
+        yield
+    except CommandError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    target: Target = None,
+    drafter: Drafter = None,
+    max_tokens: MaxTokens = 128,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many of the shipped held-out prompts to run.")] = 4,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="In less than float32, rounding can flip a near-tie between two tokens: output may differ."),
+    ] = Dtype.FLOAT32,
+) -> None:
+    """Generate the same prompts without and with DFlash and compare speed and output.
+
+    Exits with 1 if the token ids differ.
+    """
+    with _plain_errors():
+        from rich.console import Console
+
+        from vllm_dflash.demo import DemoOptions, run_demo
+
+        options = DemoOptions(target, drafter, num_prompts, max_tokens, num_speculative_tokens, dtype.value)
+        identical = run_demo(options, Console())
+    if not identical:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="The prompts, one argument each.")],
+    target: Target = None,
+    drafter: Drafter = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Through the target's chat template or as it is. Default: if it has one."),
+    ] = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the engine computes in.")] = Dtype.AUTO,
+) -> None:
+    """Generate text with DFlash; the text goes to stdout, progress and acceptance to stderr."""
+    with _plain_errors():
+        from rich.console import Console
+
+        from vllm_dflash.generate import GenerateOptions, run_generate
+
+        options = GenerateOptions(
+            tuple(prompts), target, drafter, max_tokens, temperature, chat, num_speculative_tokens, dtype.value
+        )
+        run_generate(options, Console(), Console(stderr=True))
+
+
+def main() -> None:
+    """Entry point of the script `vllm-dflash`."""
+    app()
