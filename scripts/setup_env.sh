@@ -6,9 +6,9 @@
 #   PYTHON=python3.12     interpreter for a new .venv (default: python3.11, else python3)
 #   EXTRAS=cuda,dev       extras of pyproject.toml (default: those of the last run, at first cpu,dev)
 #   VENV=.venv            where the environment goes
-#   TORCH_INDEX_URL=...   one more package index for pip. vLLM's CPU build needs torch's CPU build, which the default
-#                         index does not carry: give PyTorch's CPU wheel index here (the address that PyTorch's "Start
-#                         Locally" page shows for Linux, Pip, CPU), unless your pip is configured to find it already.
+#   TORCH_INDEX_URL=...   one more package index for pip, for a mirror of PyTorch's CPU wheels. vLLM's CPU build needs
+#                         torch's CPU build, which the default index does not carry; where pip does not find it, uv
+#                         fetches it, which knows PyTorch's own index.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -74,22 +74,41 @@ heartbeat() {
 
 explain_pip_failure() {
     { grep -E '^ERROR|^ *error:' "$LOG" || tail -n 8 "$LOG"; } | cut -c 1-240 | tail -n 8 >&2
-    if grep -q 'No matching distribution found for torch==.*+cpu' "$LOG" && [[ -z ${TORCH_INDEX_URL:-} ]]; then
-        say "pip did not find torch's CPU build. Set TORCH_INDEX_URL to PyTorch's CPU wheel index (the address that" >&2
-        say "PyTorch's \"Start Locally\" page shows for Linux, Pip, CPU) and run this again." >&2
-    fi
     fail "pip failed; its whole output: $LOG"
 }
 
-install_packages() {
-    local options=(--no-input --disable-pip-version-check --progress-bar off) beat status=0
+run_pip() {
+    local options=(--no-input --disable-pip-version-check --progress-bar off)
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
         options+=(--extra-index-url "$TORCH_INDEX_URL")
     fi
+    "$VENV/bin/python" -m pip install "${options[@]}" "$@" >"$LOG" 2>&1
+}
+
+# The torch build that pip looked for in vain, such as torch==2.13.0+cpu; nothing if that was not the trouble.
+missing_cpu_torch() { grep -oE 'No matching distribution found for torch==[0-9.]+\+cpu' "$LOG" | grep -oE 'torch==.*' | head -n 1; }
+
+fetch_cpu_torch() {
+    local torch=$1
+    say "pip does not find $torch: fetching it from PyTorch's CPU index with uv"
+    run_pip uv || explain_pip_failure
+    "$VENV/bin/uv" pip install --python "$VENV/bin/python" --torch-backend cpu "${torch%+cpu}" >"$LOG" 2>&1 || {
+        tail -n 8 "$LOG" >&2
+        fail "uv could not fetch $torch either. Set TORCH_INDEX_URL to an index that has PyTorch's CPU wheels."
+    }
+}
+
+install_packages() {
+    local beat status=0 torch
     say "installing vllm-dflash[$EXTRAS]: about two minutes, 2 GB on disk (log: $LOG)"
     heartbeat 9>&- &
     beat=$!
-    "$VENV/bin/python" -m pip install "${options[@]}" --editable ".[$EXTRAS]" >"$LOG" 2>&1 || status=$?
+    run_pip --editable ".[$EXTRAS]" || status=$?
+    if [[ $status != 0 ]] && torch=$(missing_cpu_torch) && [[ -n $torch ]]; then
+        fetch_cpu_torch "$torch"
+        status=0
+        run_pip --editable ".[$EXTRAS]" || status=$?
+    fi
     { kill "$beat" && wait "$beat"; } 2>/dev/null || true
     [[ $status == 0 ]] || explain_pip_failure
 }
@@ -117,7 +136,7 @@ if importlib.util.find_spec("torch"):
 
     if torch.version.cuda and not torch.cuda.is_available():
         print("setup: warning: torch is a CUDA build and there is no usable GPU. It works, it is only far bigger.")
-        print("setup: warning: for the CPU build remove .venv and run again with TORCH_INDEX_URL, see scripts/setup_env.sh")
+        print("setup: warning: for the CPU build remove .venv and run again, see scripts/setup_env.sh")
 PYTHON
         tail -n 15 "$LOG" >&2
         fail "the environment does not import; whole output: $LOG. To start afresh: rm -rf $VENV"

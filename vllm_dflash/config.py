@@ -115,7 +115,9 @@ def read_config_dict(model: str, revision: str | None = None) -> dict[str, Any]:
         return _read_hub_config(model, revision)
     file = path / "config.json"
     if not file.is_file():
-        raise ValueError(f"no config.json in the drafter's directory {path}: is --speculative-config's \"model\" right?")
+        raise ValueError(
+            f"no config.json in the drafter's directory {path}: is --speculative-config's \"model\" right?"
+        )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -132,10 +134,10 @@ def _read_hub_config(model: str, revision: str | None) -> dict[str, Any]:
         raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"--speculative-config's \"model\": {model!r} is neither a local directory nor a readable hub id: {error}"
+            f'--speculative-config\'s "model": {model!r} is neither a local directory nor a readable hub id: {error}'
         ) from error
     if not raw:
-        raise ValueError(f"--speculative-config's \"model\": {model!r} has no config.json")
+        raise ValueError(f'--speculative-config\'s "model": {model!r} has no config.json')
     return dict(raw)
 
 
@@ -282,7 +284,9 @@ class _Parser:
         first, last = 1, depth - 3
         ids = tuple(round(first + i * (last - first) / (taps - 1)) for i in range(taps))
         if not _are_layer_ids(ids, first=0):
-            raise self._error(key, f"is missing, and num_target_layers = {depth} leaves no room for {taps} default taps")
+            raise self._error(
+                key, f"is missing, and num_target_layers = {depth} leaves no room for {taps} default taps"
+            )
         return ids
 
     def _layer_types(self) -> list[str]:

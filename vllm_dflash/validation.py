@@ -31,12 +31,12 @@ class DFlashOptions:
         """Parse the `dflash` key of vLLM's additional config. Raises ValueError naming an unknown key."""
         options = (additional_config or {}).get("dflash") or {}
         if not isinstance(options, Mapping):
-            raise ValueError(f"--additional-config's \"dflash\" must be an object, found {options!r}")
+            raise ValueError(f'--additional-config\'s "dflash" must be an object, found {options!r}')
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(
-                f"--additional-config's \"dflash\" has unknown key(s) {unknown}; known keys: {sorted(known) or 'none'}"
+                f'--additional-config\'s "dflash" has unknown key(s) {unknown}; known keys: {sorted(known) or "none"}'
             )
         return cls(**options)
 
@@ -50,11 +50,11 @@ def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) 
         return config.num_speculative_tokens
     if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
         raise ValueError(
-            f"--speculative-config's \"num_speculative_tokens\" must be a positive integer, found {requested!r}"
+            f'--speculative-config\'s "num_speculative_tokens" must be a positive integer, found {requested!r}'
         )
     if requested > config.num_speculative_tokens:
         raise ValueError(
-            f"--speculative-config's \"num_speculative_tokens\" = {requested}, but {config.source} has block_size = "
+            f'--speculative-config\'s "num_speculative_tokens" = {requested}, but {config.source} has block_size = '
             f"{config.block_size} in its config.json and drafts at most {config.num_speculative_tokens} tokens"
         )
     return requested

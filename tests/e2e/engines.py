@@ -64,7 +64,9 @@ def run_engine(
             timeout=TIMEOUT_S,
         )
     if done.returncode != 0:
-        raise RuntimeError(f"engine failed ({done.returncode}), {log}:\n" + "\n".join(log.read_text().splitlines()[-40:]))
+        raise RuntimeError(
+            f"engine failed ({done.returncode}), {log}:\n" + "\n".join(log.read_text().splitlines()[-40:])
+        )
     return {name: Run(**fields) for name, fields in json.loads(result.read_text()).items()}
 
 

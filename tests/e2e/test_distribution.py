@@ -33,7 +33,9 @@ SHAPE = {
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     torch.manual_seed(7)
-    Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_hidden_layers=4, initializer_range=0.3)).save_pretrained(folder / "target")
+    Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_hidden_layers=4, initializer_range=0.3)).save_pretrained(
+        folder / "target"
+    )
     config = Qwen3Config(
         **SHAPE, num_hidden_layers=1, initializer_range=0.3, architectures=["DFlashDraftModel"], block_size=4,
         num_target_layers=4, dflash_config={"mask_token_id": MASK, "target_layer_ids": [1, 2]},

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one request through a vLLM engine with a drafter and saves what the draft model saw and computed, step by step.
 
-    python capture_child.py TARGET DRAFTER OUT.pt
+python capture_child.py TARGET DRAFTER OUT.pt
 """
 
 from __future__ import annotations

@@ -52,8 +52,10 @@ def published_tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tens
     q_rows, kv_rows = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     taps = len(config["dflash_config"]["target_layer_ids"])
     tensors = {
-        "fc.weight": matrix(hidden, taps * hidden), "hidden_norm.weight": near_one(hidden), "norm.weight": near_one(hidden),
-    }  # fmt: skip
+        "fc.weight": matrix(hidden, taps * hidden),
+        "hidden_norm.weight": near_one(hidden),
+        "norm.weight": near_one(hidden),
+    }
     for index in range(config["num_hidden_layers"]):
         rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows, "o_proj": hidden}
         for name, count in rows.items():
@@ -128,7 +130,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias_partial_rotary": {
         "attention_bias": True, "num_attention_heads": 6, "num_key_value_heads": 1, "intermediate_size": 64,
-        "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
     },
     "sliding_and_full": {
         "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "use_sliding_window": True,

@@ -111,6 +111,26 @@ def test_drafter_sees_the_same_whatever_was_accepted_before(model: Qwen3ForCausa
     assert {at: one_by_one[at] for at in common} == {at: in_strides[at] for at in common}
 
 
+def test_blocks_are_drafted_from_the_whole_context(model: Qwen3ForCausalLM, plant: Callable) -> None:
+    """Each block equals one drafted from scratch: one target forward over the text, no cache, the anchor left out."""
+    text, draft = greedy(model, 20 + BLOCK), drafter(block_size=BLOCK)
+    drafted = plant(text, [2, 0, 3])
+    generate(model, 20)
+    assert len(drafted) > 5
+    for num_tokens, block in drafted.items():
+        tokens = torch.tensor([PROMPT + text[: num_tokens - len(PROMPT)]])
+        row = torch.tensor([[int(tokens[0, -1]), *[95] * (BLOCK - 1)]])
+        with torch.no_grad():
+            states = model(tokens[:, :-1], output_hidden_states=True).hidden_states
+            hidden = draft(
+                position_ids=torch.arange(num_tokens - 1 + BLOCK)[None],
+                noise_embedding=model.get_input_embeddings()(row),
+                target_hidden=torch.cat([states[2], states[4]], dim=-1),  # layers 1 and 3
+            )
+            scratch = model.lm_head(hidden)[0, 1:].argmax(dim=-1).tolist()
+        assert block == [tokens[0, -1], *scratch]
+
+
 @pytest.mark.parametrize("right", [0, 4], ids=["one by one", "in the middle of a block"])
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5, 6, 7, 13])
 def test_stops_exactly_at_the_limit(model: Qwen3ForCausalLM, plant: Callable, max_new_tokens: int, right: int) -> None:

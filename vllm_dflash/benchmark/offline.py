@@ -28,18 +28,18 @@ Message = Ready | Response | Finished
 def run_job(job: EngineJob) -> Iterator[Message]:
     """Start the engine, then yield `Ready`, a `Response` for each prompt and `Finished`."""
     start = time.perf_counter()
-    llm, sampling = _start_engine(job)
+    llm, sampling = start_engine(job)
     if job.warm_up:
         _generate(llm, job.prompts[0], sampling, job.chat)
     yield Ready(time.perf_counter() - start)
 
-    before = _acceptance_counts(llm) if job.drafter else None
+    before = acceptance_counts(llm) if job.drafter else None
     for prompt in job.prompts:
         yield _generate(llm, prompt, sampling, job.chat)
-    yield Finished(_acceptance_counts(llm) - before if before else None)
+    yield Finished(acceptance_counts(llm) - before if before else None)
 
 
-def _start_engine(job: EngineJob) -> tuple[LLM, SamplingParams]:
+def start_engine(job: EngineJob) -> tuple[LLM, SamplingParams]:
     from vllm import LLM, SamplingParams
 
     speculation: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ def _generate(llm: LLM, prompt: Prompt, sampling: SamplingParams, chat: bool | N
     return Response(prompt, completion.text, tuple(completion.token_ids), seconds)
 
 
-def _acceptance_counts(llm: LLM) -> AcceptanceCounts:
+def acceptance_counts(llm: LLM) -> AcceptanceCounts:
     """vLLM's counters since the engine's start. A counter that is missing is an error, not a zero."""
     counters = {metric.name: metric for metric in llm.get_metrics()}
     prefix = "vllm:spec_decode_num_"

@@ -60,7 +60,7 @@ class V1Adapter(SpecDecodeBaseProposer):
         target = target_model.get_language_model() if hasattr(target_model, "get_language_model") else target_model
         tap_target(target_model, self.dflash)
         self.model = self._load_draft_model()
-        self.model.share_with_target(target.model.embed_tokens, target.lm_head)
+        self.model.share_with_target(target.embed_input_ids, target.lm_head)
         self.proposer = DFlashProposer(self.model, self.vllm_config)
         if is_global_first_rank():
             logger.info(
@@ -73,9 +73,7 @@ class V1Adapter(SpecDecodeBaseProposer):
         loader = get_model_loader(get_draft_load_config(vllm_config))
 
         def create_model(vllm_config: VllmConfig, model_config: Any, prefix: str = "") -> nn.Module:
-            return initialize_model(
-                vllm_config, prefix=prefix, model_class=DFlashDraftModel, model_config=model_config
-            )
+            return initialize_model(vllm_config, prefix=prefix, model_class=DFlashDraftModel, model_config=model_config)
 
         # vLLM's registry would answer the checkpoint's architecture name with vLLM's own model.
         loader.create_model = create_model

@@ -170,7 +170,9 @@ class DFlashDraftModel(PreTrainedModel):
         self.norm = Qwen3RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(dflash, config)
         own = set(getattr(config, "own_tensors", ()))
-        self.embed_tokens = nn.Embedding(dflash.vocab_size, dflash.hidden_size) if "embed_tokens.weight" in own else None
+        self.embed_tokens = (
+            nn.Embedding(dflash.vocab_size, dflash.hidden_size) if "embed_tokens.weight" in own else None
+        )
         self.lm_head = (
             nn.Linear(dflash.hidden_size, dflash.draft_vocab_size, bias=False) if "lm_head.weight" in own else None
         )
@@ -240,7 +242,7 @@ class DFlashDraftModel(PreTrainedModel):
         token_ids: torch.Tensor,  # [B, Q]
         target: nn.Module,
     ) -> torch.Tensor:
-        """Embeddings of block tokens [B, Q, H]: own table if shipped, else the target's; own mask embedding if shipped."""
+        """Embeddings of block tokens [B, Q, H]: own table and mask embedding where shipped, else the target's."""
         table = self.embed_tokens if self.embed_tokens is not None else target.get_input_embeddings()
         embeds = table(token_ids)
         if self.mask_embedding is not None:

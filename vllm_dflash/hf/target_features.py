@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -44,7 +44,7 @@ class TargetFeatures:
             handle.remove()
         self._handles.clear()
 
-    def _keep(self, slot: int):
+    def _keep(self, slot: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, output: torch.Tensor | tuple) -> None:
             self._outputs[slot] = output[0] if isinstance(output, tuple) else output  # [B, T, H]
 

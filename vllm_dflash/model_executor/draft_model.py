@@ -8,7 +8,7 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 from vllm_dflash.config import DFlashConfig, LayerAttention
 from vllm_dflash.model_executor.context_kv import ContextKV
 from vllm_dflash.model_executor.weights import load_draft_weights
+
+#: Token ids [N] -> embeddings [N, H].
+Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DFlashAttention(nn.Module):
@@ -188,6 +191,7 @@ class DFlashDraftModel(nn.Module):
             )
         self.logits_processor = LogitsProcessor(config.draft_vocab_size)
         self.embed_tokens: nn.Module | None = None
+        self._target_embed: Embed | None = None
         self.lm_head: nn.Module | None = None
         self.register_buffer("draft_id_to_target_id", None, persistent=False)  # [draft_vocab_size]
         self.register_buffer("mask_embedding", None, persistent=False)  # [H]
@@ -197,10 +201,12 @@ class DFlashDraftModel(nn.Module):
         """The attention of every draft layer, in order."""
         return [layer.self_attn for layer in self.backbone.layers]
 
-    def share_with_target(self, embed_tokens: nn.Module, lm_head: nn.Module) -> None:
-        """Use the target's embedding and LM head where the checkpoint brought none of its own."""
-        if self.embed_tokens is None:
-            self.embed_tokens = embed_tokens
+    def share_with_target(self, embed_input_ids: Embed, lm_head: nn.Module) -> None:
+        """Use the target's embedding and LM head where the checkpoint brought none of its own.
+
+        `embed_input_ids` is the target's whole embedding step, not its bare table: some targets scale it.
+        """
+        self._target_embed = embed_input_ids
         if self.lm_head is None:
             self.lm_head = lm_head
 
@@ -209,7 +215,9 @@ class DFlashDraftModel(nn.Module):
         input_ids: torch.Tensor,  # [R*Q]
     ) -> torch.Tensor:
         """Embeddings of the block rows [R*Q, H]."""
-        embeds = self.embed_tokens(input_ids)
+        embed = self.embed_tokens if self.embed_tokens is not None else self._target_embed
+        assert embed is not None, "embed() before share_with_target()"
+        embeds = embed(input_ids)
         if self.mask_embedding is not None:
             embeds = torch.where((input_ids == self.config.mask_token_id)[:, None], self.mask_embedding, embeds)
         return embeds

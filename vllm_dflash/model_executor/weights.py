@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_dflash.model_executor.draft_model import DFlashDraftModel
 
 #: checkpoint name -> (vLLM's stacked parameter, which part of it)
-_STACKED = {
+_STACKED: dict[str, tuple[str, str | int]] = {
     ".q_proj.": (".qkv_proj.", "q"),
     ".k_proj.": (".qkv_proj.", "k"),
     ".v_proj.": (".qkv_proj.", "v"),

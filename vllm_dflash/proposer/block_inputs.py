@@ -16,17 +16,19 @@ NULL_BLOCK = 0
 
 def slots_of(
     block_table: torch.Tensor,  # [R, blocks per request]
-    requests: torch.Tensor,  # [N] request of each row
-    positions: torch.Tensor,  # [N]
+    requests: torch.Tensor,  # [...] request of each row
+    positions: torch.Tensor,  # [...]
     block_size: int,
+    keep: torch.Tensor,  # bool [...]
 ) -> torch.Tensor:
-    """Cache slot of every row, [N]: block number * block size + offset. Rows outside the table, or in the null block,
-    get padding slots."""
-    columns = positions // block_size
-    inside = columns < block_table.shape[1]
-    blocks = block_table[requests, columns.clamp(max=block_table.shape[1] - 1)].long()
+    """Cache slot of every row: block number * block size + offset.
+
+    Rows not kept, outside the table, or in the null block get padding slots.
+    """
+    columns, width = positions // block_size, block_table.shape[1]
+    blocks = block_table[requests, columns.clamp(max=width - 1)].long()
     slots = blocks * block_size + positions % block_size
-    return torch.where(inside & (blocks != NULL_BLOCK), slots, PADDING_SLOT)
+    return torch.where(keep & (columns < width) & (blocks != NULL_BLOCK), slots, PADDING_SLOT)
 
 
 def context_rows(step: StepInputs, block_sizes: tuple[int, ...]) -> ContextRows:
@@ -35,16 +37,14 @@ def context_rows(step: StepInputs, block_sizes: tuple[int, ...]) -> ContextRows:
     Example: one request ran rows at positions 7, 8, 9 (anchor and two drafts) and the last draft was rejected: rows 7
     and 8 get their slots, row 9 the padding slot. Row 9's position is computed anew by a later step.
     """
-    num_rows = step.positions.shape[0]
-    rows = torch.arange(num_rows, device=step.positions.device)
-    requests = torch.searchsorted(step.query_start_loc[1:].contiguous(), rows, right=True)
-    # A runner may pad its rows past the last request's.
-    valid_end = step.query_start_loc[1:] if step.num_rejected is None else step.query_start_loc[1:] - step.num_rejected
-    num_requests = valid_end.shape[0]
-    requests_in = requests.clamp(max=num_requests - 1)
-    valid = (requests < num_requests) & (rows < valid_end[requests_in])
+    ends = step.query_start_loc[1:]
+    rows = torch.arange(step.positions.shape[0], device=ends.device)
+    # A runner may pad its rows past the last request's: they count as that request's, behind its end.
+    requests = torch.searchsorted(ends, rows, right=True).clamp(max=ends.shape[0] - 1)
+    valid_ends = ends if step.num_rejected is None else ends - step.num_rejected
+    valid = rows < valid_ends[requests]
     slot_mappings = tuple(
-        torch.where(valid, slots_of(table, requests_in, step.positions, size), PADDING_SLOT)
+        slots_of(table, requests, step.positions, size, valid)
         for table, size in zip(step.block_tables, block_sizes, strict=True)
     )
     return ContextRows(step.positions, slot_mappings)
@@ -64,24 +64,23 @@ def block_inputs(
     """
     num_query_rows = 1 + num_speculative_tokens
     num_requests = step.anchors.shape[0]
-    device = step.anchors.device
+    requests = torch.arange(num_requests + 1, dtype=torch.int32, device=step.anchors.device)
     context_lens = step.seq_lens if step.num_rejected is None else step.seq_lens - step.num_rejected
-    offsets = torch.arange(num_query_rows, device=device)
-    positions = (context_lens[:, None] + offsets).flatten().long()
-    requests = torch.arange(num_requests, device=device).repeat_interleave(num_query_rows)
-    input_ids = torch.full((num_requests, num_query_rows), mask_token_id, dtype=torch.int32, device=device)
-    input_ids[:, 0] = step.anchors
+    offsets = torch.arange(num_query_rows, device=step.anchors.device)
+    positions = context_lens[:, None] + offsets  # [R, Q]
     fits = positions < max_model_len
     positions = positions.clamp(max=max_model_len - 1)
     slot_mappings = tuple(
-        torch.where(fits, slots_of(table, requests, positions, size), PADDING_SLOT)
+        slots_of(table, requests[:-1, None], positions, size, fits).flatten()
         for table, size in zip(step.block_tables, block_sizes, strict=True)
     )
+    input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
+    input_ids[:, 0] = step.anchors
     return BlockInputs(
         input_ids=input_ids.flatten(),
-        positions=positions,
+        positions=positions.flatten(),
         slot_mappings=slot_mappings,
-        query_start_loc=torch.arange(num_requests + 1, dtype=torch.int32, device=device) * num_query_rows,
+        query_start_loc=requests * num_query_rows,
         seq_lens=(context_lens + num_query_rows).clamp(max=max_model_len).to(torch.int32),
         num_query_rows=num_query_rows,
         block_tables=step.block_tables,

@@ -33,7 +33,7 @@ class Batch:
 def batches(
     responses: Sequence[Response], buckets: Sequence[int], batch_tokens: int, rng: random.Random
 ) -> Iterator[Batch]:
-    """Endless passes over the responses in new random batches of about `batch_tokens` padded tokens.
+    """Endless passes over the responses in new random batches of at most `batch_tokens` padded tokens.
 
     Sequences are padded to the shortest of `buckets` that holds them and cut at the longest.
     Raises ValueError when no response is long enough to train on.
@@ -57,6 +57,8 @@ def _one_pass(
     for bucket, members in by_bucket.items():
         rng.shuffle(members)
         size = max(1, batch_tokens // bucket)
+        # Compiled code wants one shape a bucket: the last batch is filled up with sequences of earlier ones.
+        members += rng.choices(members, k=-len(members) % size) if members else []
         plan += [(bucket, members[i : i + size]) for i in range(0, len(members), size)]
     rng.shuffle(plan)
     for bucket, members in plan:

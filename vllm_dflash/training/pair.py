@@ -94,7 +94,7 @@ class PairRecipe:
         rng = random.Random(settings.seed)
         stream = token_stream(training_documents(self.documents), tokenizer, settings.chat_share, rng)
         config = target_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IM_END))
-        train_target(stream, config, settings, self.target_dir)
+        train_target(stream, config, end_token_ids(tokenizer), settings, self.target_dir)
 
     def make_responses(self) -> None:
         ends = end_token_ids(load_tokenizer(self.target_dir))

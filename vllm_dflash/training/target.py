@@ -109,8 +109,14 @@ def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
-def train_target(stream: np.ndarray, config: Qwen3Config, settings: TargetSettings, output: Path) -> Qwen3ForCausalLM:
-    """Train on `stream` ([N] token ids) and write the bf16 model to `output`; goes on from a checkpoint there."""
+def train_target(
+    stream: np.ndarray,  # [N] token ids
+    config: Qwen3Config,
+    end_ids: list[int],
+    settings: TargetSettings,
+    output: Path,
+) -> Qwen3ForCausalLM:
+    """Train and write the bf16 model to `output`; goes on from a checkpoint there. `end_ids` end a response."""
     torch.manual_seed(settings.seed)
     model = Qwen3ForCausalLM(config).float().train()
     optimizer = torch.optim.AdamW(
@@ -134,8 +140,9 @@ def train_target(stream: np.ndarray, config: Qwen3Config, settings: TargetSettin
             logger.info("target step %d/%d loss %.3f, %.0f tokens/s", step, steps, loss.item(), speed)
         if step % settings.checkpoint_every == 0:
             save_state(output, step, model, optimizer)
+    saved = save_target(model, end_ids, output)
     drop_state(output)
-    return save_target(model, output)
+    return saved
 
 
 def planned_batches(stream: np.ndarray, settings: TargetSettings) -> Iterator[Tensor]:
@@ -145,11 +152,11 @@ def planned_batches(stream: np.ndarray, settings: TargetSettings) -> Iterator[Te
         yield from itertools.islice(windows(stream, length, settings.batch_tokens // length, rng), steps)
 
 
-def save_target(model: Qwen3ForCausalLM, output: Path) -> Qwen3ForCausalLM:
+def save_target(model: Qwen3ForCausalLM, end_ids: list[int], output: Path) -> Qwen3ForCausalLM:
     """Write config, generation config and bf16 weights to `output`; returns the bf16 copy that was written."""
     copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16).eval()
     copy.load_state_dict(model.state_dict())
-    copy.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, do_sample=False)
+    copy.generation_config = GenerationConfig(eos_token_id=end_ids, do_sample=False)
     copy.save_pretrained(output)
     return copy
 

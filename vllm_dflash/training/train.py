@@ -39,7 +39,7 @@ class DrafterSettings:
     steps: int = 2500
     batch_tokens: int = 4096  # padded target tokens a step
     tokens_per_anchor: int = 16  # one block for so many padded tokens of a sequence
-    buckets: tuple[int, ...] = (128, 256, 448, 704)
+    buckets: tuple[int, ...] = (256, 448, 704)
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup: float = 0.04  # share of the steps
@@ -135,8 +135,9 @@ def train_drafter(
             logger.info("drafter step %d/%d loss %.3f run %.2f, %.0f s", step, settings.steps, loss, run, seconds)
         if step % settings.checkpoint_every == 0:
             save_state(output, step, draft, optimizer)
+    saved = save_drafter(draft, output)
     drop_state(output)
-    return save_drafter(draft, output)
+    return saved
 
 
 def save_drafter(draft: DFlashDraftModel, output: Path) -> DFlashDraftModel:

@@ -29,6 +29,13 @@ def test_a_pass_uses_every_response_once_in_its_bucket():
     assert {tuple(batch.token_ids.shape) for batch in first_pass} == {(3, 4), (1, 10)}
 
 
+def test_last_batch_is_filled_up_so_that_shapes_stay():
+    stream = batches([Response([i], [i, i, i], 0.0) for i in range(4, 9)], (4,), batch_tokens=12, rng=random.Random(0))
+    first_pass = [next(stream), next(stream)]
+    assert [tuple(batch.token_ids.shape) for batch in first_pass] == [(3, 4), (3, 4)]
+    assert {token for batch in first_pass for token in batch.token_ids[:, 0].tolist()} == set(range(4, 9))
+
+
 def test_responses_too_short_to_draft_are_refused():
     with pytest.raises(ValueError, match="none of 1 responses"):
         next(batches([Response([4, 5], [6], 0.0)], (16,), 64, random.Random(0)))

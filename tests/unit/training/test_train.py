@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_training import MASK_ID, VOCAB_SIZE, counting_responses, tiny_target
+from transformers import GenerationConfig
 
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.checkpoint import STATE_FILE
@@ -92,9 +93,10 @@ def test_target_training_lowers_the_loss(tmp_path):
     untrained = tiny_target()
     batch = torch.from_numpy(stream[:132].astype(np.int64)).view(4, 33)
     before = next_token_loss(untrained, batch).item()
-    trained = train_target(stream, untrained.config, settings, tmp_path)
+    trained = train_target(stream, untrained.config, [2, 0], settings, tmp_path)
     assert next_token_loss(trained, batch).item() < 0.3 * before
-    assert trained.config.vocab_size == VOCAB_SIZE and (tmp_path / "generation_config.json").exists()
+    assert trained.config.vocab_size == VOCAB_SIZE
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 0]
 
 
 def test_schedule_warms_up_and_falls_to_zero():

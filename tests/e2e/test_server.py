@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve TARGET --speculative-config '{"method": "dflash", "model": DRAFTER}'`, over the OpenAI API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from tests.e2e.engines import DRAFTER, TARGET, TIMEOUT_S, environment, held_out_prompts, run_engine
+
+pytestmark = pytest.mark.engine
+
+NUM_REQUESTS, MAX_TOKENS = 8, 96
+ABORTED = 3
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real server process, with nothing but the two arguments a user gives (and fp32, for exact ids)."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "serve.log"
+    speculative = json.dumps({"method": "dflash", "model": str(DRAFTER)})
+    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*vllm, "serve", str(TARGET), "--speculative-config", speculative, "--dtype", "float32", "--enforce-eager",
+             "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"],
+            env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(url, process, log)
+        yield url, log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def wait_until_healthy(url, process, log):
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "\n".join(log.read_text().splitlines()[-30:])
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise TimeoutError("\n".join(log.read_text().splitlines()[-30:]))
+
+
+@pytest.fixture(scope="module")
+def expected_texts(tmp_path_factory):
+    """The target's own text for every prompt: vLLM without speculation, decoded by the tokenizer."""
+    from transformers import AutoTokenizer
+
+    run = {"name": "plain", "prompts": held_out_prompts(NUM_REQUESTS), "max_tokens": MAX_TOKENS}
+    llm = {"model": str(TARGET), "dtype": "float32", "max_model_len": 1024}
+    ids = run_engine(tmp_path_factory.mktemp("plain"), llm, [run])["plain"].token_ids
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+async def stream_completion(client, url, prompt, stop_after=None):
+    """The text of one streamed completion; closes the connection after `stop_after` chunks."""
+    body = {
+        "model": "tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True,
+        "ignore_eos": True,
+    }  # fmt: skip
+    text, chunks = "", 0
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line in ("", "data: [DONE]"):
+                continue
+            text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            chunks += 1
+            if chunks == stop_after:
+                break
+    return text
+
+
+def test_concurrent_streams_with_one_aborted(server, expected_texts):
+    url, _ = server
+
+    async def everything():
+        async with httpx.AsyncClient(timeout=120) as client:
+            jobs = [
+                stream_completion(client, url, prompt, stop_after=2 if index == ABORTED else None)
+                for index, prompt in enumerate(held_out_prompts(NUM_REQUESTS))
+            ]
+            return await asyncio.gather(*jobs)
+
+    texts = asyncio.run(everything())
+    for index, (text, expected) in enumerate(zip(texts, expected_texts, strict=True)):
+        if index == ABORTED:
+            assert text and len(text) < len(expected) and expected.startswith(text)
+        else:
+            assert text == expected, f"request {index}"
+
+
+def test_drafts_come_from_this_plugin(server):
+    """By the log line, and by vLLM's counters; runs after the completions."""
+    url, log = server
+    assert "vllm_dflash: drafting with DFlashProposer (V1 runner), 15 tokens a block of 16" in log.read_text()
+    metrics = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    accepted = [line for line in metrics if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
+    assert float(accepted[0].split()[-1]) > 0
+
+
+def test_chat(server):
+    """The chat template of the shipped tokenizer, through the chat API."""
+    url, _ = server
+    body = {
+        "model": "tiny", "max_tokens": 32, "temperature": 0,
+        "messages": [{"role": "user", "content": "def read_lines(path):"}],
+    }  # fmt: skip
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
+    assert reply["usage"]["completion_tokens"] > 0
+    assert reply["choices"][0]["message"]["content"]
