@@ -4,9 +4,9 @@
     python benchmarks/decode_cpu.py [--rounds 3] [--num-prompts 8] [--max-tokens 128] [-k 15] [--dtype float32]
 
 Runs the shipped pair with the demo's engine settings. The three engines stay up together and take turns prompt by
-prompt, so that a machine whose speed drifts slows all of them alike. Time counts from a request's first token to its last:
-prefill is left out. Ratios are of pooled tokens/s (all tokens / all seconds), per round; the table gives their median
-and range. The last line is JSON.
+prompt, so that a machine whose speed drifts slows all of them alike. Time counts from a request's first token to its
+last: prefill is left out. Ratios are of pooled tokens/s (all tokens / all seconds), per round; the table gives their
+median and range. The last line is JSON.
 """
 
 from __future__ import annotations

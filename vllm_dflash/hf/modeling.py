@@ -157,6 +157,7 @@ class DFlashDraftModel(PreTrainedModel):
 
     config_class = Qwen3Config
     base_model_prefix = ""
+    mask_embedding: torch.Tensor | None
     _supports_sdpa = True
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -177,7 +178,7 @@ class DFlashDraftModel(PreTrainedModel):
             nn.Linear(dflash.hidden_size, dflash.draft_vocab_size, bias=False) if "lm_head.weight" in own else None
         )
         self.d2t = nn.Buffer(torch.zeros(dflash.draft_vocab_size, dtype=torch.long)) if "d2t" in own else None
-        self.mask_embedding: torch.Tensor | None = None  # [H]
+        self.register_buffer("mask_embedding", None, persistent=False)  # [H]
         self.post_init()
 
     @property

@@ -28,7 +28,7 @@ _STACKED: dict[str, tuple[str, str | int]] = {
 
 def load_draft_weights(model: DFlashDraftModel, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Load every tensor of a drafter checkpoint; returns the names of the parameters that were filled."""
-    tensors = {name.removeprefix("model."): tensor for name, tensor in weights}
+    tensors = dict(weights)
     if not model.config.is_quantized:  # packed weights have names and shapes of their own
         check_tensors(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     _make_own_tables(model, tensors)
