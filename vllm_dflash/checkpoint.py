@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from vllm_dflash.config import DFlashConfig
 
@@ -112,13 +112,19 @@ def check_tensors(config: DFlashConfig, found: Mapping[str, Shape]) -> None:
 
 def read_mask_embedding(model_dir: Path, config: DFlashConfig) -> torch.Tensor | None:
     """The separately trained mask embedding [H], or None where none is shipped. Raises ValueError if it is not ours."""
-    import torch
-
     file = model_dir / MASK_EMBEDDING_FILE
     if not file.is_file():
         return None
+    with file.open("rb") as stream:
+        return parse_mask_embedding(stream, str(file), config)
+
+
+def parse_mask_embedding(stream: BinaryIO, file: str, config: DFlashConfig) -> torch.Tensor:
+    """The embedding [H] in an open MASK_EMBEDDING_FILE. Raises ValueError naming the file if it is not ours."""
+    import torch
+
     try:
-        state = torch.load(file, weights_only=True, map_location="cpu")
+        state = torch.load(stream, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{file} is not a readable PyTorch file (truncated download?): {error}") from error
     if isinstance(state, dict):

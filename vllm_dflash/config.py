@@ -16,13 +16,18 @@ from typing import Any
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 
+#: Parts of a drafter that vLLM's own dflash has and this implementation has not, with the values that mean "not in
+#: use". Checkpoints with such parts are left to vLLM.
+_LEFT_TO_VLLM: dict[str, tuple[Any, ...]] = {
+    "attention_sink_bias": (None, False),
+    "attention_value_scale": (None, 1.0),
+    "use_aux_hidden_state": (None, True),
+}
 #: Keys that change the draft model's arithmetic and that this implementation does not have. Ignoring one would not
 #: raise anything later: acceptance would just collapse. Each maps to the values that mean "not in use".
 _UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
-    "attention_sink_bias": (None, False),
-    "attention_value_scale": (None, 1.0),
+    **_LEFT_TO_VLLM,
     "sample_from_anchor": (None, False),
-    "use_aux_hidden_state": (None, True),
     "conv_kernel_size": (None, 0),
     "selector_rank": (None, 0),
     "projector_type": (None, "dflash"),
@@ -144,8 +149,13 @@ def _read_hub_config(model: str, revision: str | None) -> dict[str, Any]:
 def is_dflash_checkpoint(raw: Mapping[str, Any]) -> bool:
     """Whether a raw config.json describes a plain DFlash drafter: the kind this package drafts for.
 
-    DFlash2, LiLiCorr and DSpark checkpoints, and drafters of other backbones, carry other architecture names.
+    DFlash2, LiLiCorr and DSpark checkpoints, and drafters of other backbones, carry other architecture names. Plain
+    ones with parts that only vLLM's own dflash has are not ours either.
     """
+    nested = raw.get("dflash_config")
+    settings = {**raw, **(nested if isinstance(nested, Mapping) else {})}
+    if any(settings.get(key) not in unused for key, unused in _LEFT_TO_VLLM.items()):
+        return False
     if raw.get("speculators_model_type"):
         return raw["speculators_model_type"] == "dflash"
     return list(raw.get("architectures") or []) == ["DFlashDraftModel"]

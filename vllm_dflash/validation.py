@@ -60,6 +60,20 @@ def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) 
     return requested
 
 
+def check_limits(num_speculative_tokens: int, max_model_len: int, drafter_max_model_len: int | None) -> None:
+    """Whether a block fits the lengths asked for. Raises ValueError naming the flag."""
+    if drafter_max_model_len is not None:
+        raise ValueError(
+            f'--speculative-config\'s "max_model_len" = {drafter_max_model_len} is not supported: drafting follows '
+            "--max-model-len request by request"
+        )
+    if max_model_len <= num_speculative_tokens:
+        raise ValueError(
+            f"--max-model-len {max_model_len} leaves no room for a block of 1 + {num_speculative_tokens} rows: lower "
+            '--speculative-config\'s "num_speculative_tokens"'
+        )
+
+
 def check_pair(config: DFlashConfig, target: TargetFacts) -> None:
     """Whether a drafter was made for such a target. Raises ValueError with the key and both values."""
     last = config.target_layer_ids[-1]
@@ -92,7 +106,7 @@ def check_checkpoint(config: DFlashConfig) -> None:
     file.
     """
     path = Path(config.source)
-    if not path.is_dir() or config.is_quantized:
+    if not path.is_dir() or config.is_quantized or any(path.glob("*.bin")):
         return
     shapes = read_tensor_shapes(path)
     check_tensors(config, shapes)

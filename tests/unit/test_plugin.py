@@ -122,27 +122,18 @@ def test_installed_version_by_any_of_its_names(
 # Whose engine it is.
 
 
-def engine(method: str | None, *architectures: str) -> Any:
-    if method is None:
-        return SimpleNamespace(speculative_config=None)
-    draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=list(architectures)))
+def engine(method: str) -> Any:
+    draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DFlashDraftModel"]))
     return SimpleNamespace(speculative_config=SimpleNamespace(method=method, draft_model_config=draft))
 
 
-@pytest.mark.parametrize(
-    ("vllm_config", "ours"),
-    [
-        (engine("dflash", "DFlashDraftModel"), True),
-        (engine("dflash", "DFlash2DraftModel"), False),
-        (engine("dflash", "LiLiCorrDraftModel"), False),
-        (engine("dflash"), False),
-        (engine("dspark", "DFlashDraftModel"), False),
-        (engine("eagle3", "LlamaForCausalLMEagle3"), False),
-        (engine(None), False),
-    ],
-)
-def test_only_plain_dflash_engines_are_ours(vllm_config: Any, ours: bool) -> None:
-    assert ownership.drafts_here(vllm_config) is ours
+def test_only_claimed_engines_are_ours() -> None:
+    claimed, other = engine("dflash"), engine("dflash")
+    ownership.claim(claimed.speculative_config)
+    assert ownership.drafts_here(claimed)
+    assert not ownership.drafts_here(other)
+    assert not ownership.drafts_here(engine("eagle3"))
+    assert not ownership.drafts_here(SimpleNamespace(speculative_config=None))
 
 
 # Patching.

@@ -25,4 +25,6 @@ def install(config: ModuleType) -> None:
 
 def needs_multi_kv_group(self: VllmConfig) -> bool:
     """vLLM's method, except that an engine of ours never needs another runner for it. Same signature."""
-    return False if drafts_here(self) else patching.original(type(self), "_dflash_needs_multi_kv_group")(self)
+    from vllm.config import VllmConfig
+
+    return not drafts_here(self) and patching.original(VllmConfig, "_dflash_needs_multi_kv_group")(self)

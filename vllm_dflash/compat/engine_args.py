@@ -8,15 +8,18 @@ when vLLM lets a plugin validate a speculative config.
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
+from vllm_dflash.compat.ownership import claim
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.validation import (
     DFlashOptions,
     TargetFacts,
     check_checkpoint,
+    check_limits,
     check_pair,
     resolve_num_speculative_tokens,
 )
@@ -24,6 +27,9 @@ from vllm_dflash.validation import (
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
+
+# A child of vLLM's logger, so that its level and format apply.
+logger = logging.getLogger("vllm.vllm_dflash")
 
 
 def install(arg_utils: ModuleType) -> None:
@@ -39,19 +45,21 @@ def create_speculative_config(
 
     make = patching.original(EngineArgs, "create_speculative_config")
     user = _user_config(self)
-    if not _asks_for_dflash(user):
-        return make(self, target_model_config, target_parallel_config)
-    raw = read_config_dict(user["model"], user.get("revision"))
-    if not is_dflash_checkpoint(raw):
+    raw = _read_drafter(user) if _asks_for_dflash(user) else None
+    if raw is None or not is_dflash_checkpoint(raw):
         return make(self, target_model_config, target_parallel_config)
     config = DFlashConfig.from_dict(raw, source=str(user["model"]))
     DFlashOptions.from_additional_config(self.additional_config)
-    num_speculative_tokens = resolve_num_speculative_tokens(config, user.get("num_speculative_tokens"))
+    num_speculative_tokens = _resolve_num_speculative_tokens(config, raw, user.get("num_speculative_tokens"))
+    check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"))
     check_pair(config, _facts(target_model_config))
-    check_checkpoint(config)
-    if user.get("num_speculative_tokens") is None:
+    if self.load_format != "dummy":
+        check_checkpoint(config)
+    if user.get("num_speculative_tokens") != num_speculative_tokens:
         self.speculative_config = {**(self.speculative_config or {}), "num_speculative_tokens": num_speculative_tokens}
-    return make(self, target_model_config, target_parallel_config)
+    speculative = make(self, target_model_config, target_parallel_config)
+    claim(speculative)
+    return speculative
 
 
 def _user_config(args: EngineArgs) -> dict[str, Any]:
@@ -63,8 +71,33 @@ def _user_config(args: EngineArgs) -> dict[str, Any]:
 
 def _asks_for_dflash(user: dict[str, Any]) -> bool:
     """Explicitly, or, as vLLM infers it, by a drafter whose name says so."""
-    model, method = user.get("model"), user.get("method")
-    return model is not None and (method == "dflash" or (method is None and "dflash" in str(model).lower()))
+    name, method = str(user.get("model") or "").lower(), user.get("method")
+    if method == "dflash":
+        return True
+    inferred = "dflash" in name and "eagle-" not in name and "eagle3" not in name
+    return inferred and method in (None, "draft_model")
+
+
+def _read_drafter(user: dict[str, Any]) -> dict[str, Any] | None:
+    """The drafter's raw config, or None where only vLLM can fetch it (object stores)."""
+    model = user.get("model")
+    if model is None:
+        raise ValueError(
+            '--speculative-config with "method": "dflash" needs a "model": the drafter\'s directory or hub id'
+        )
+    return None if "://" in str(model) else read_config_dict(model, user.get("revision"))
+
+
+def _resolve_num_speculative_tokens(config: DFlashConfig, raw: dict[str, Any], requested: int | None) -> int:
+    """K. A checkpoint that itself proposes more than its block holds is corrected; a user who does is refused."""
+    proposals = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    if requested is not None and requested == proposals[0].get("speculative_tokens") == config.block_size:
+        logger.warning(
+            "vllm_dflash: %s proposes %d speculative_tokens, its block of %d holds %d: using those",
+            config.source, requested, config.block_size, config.num_speculative_tokens,
+        )  # fmt: skip
+        return config.num_speculative_tokens
+    return resolve_num_speculative_tokens(config, requested)
 
 
 def _facts(target: ModelConfig) -> TargetFacts:

@@ -22,7 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
-from vllm_dflash.model_executor.target_features import tap_target
+from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import BlockInputs, DFlashProposer, StepInputs
 
 # A child of vLLM's logger, so that its level and format apply.
@@ -40,9 +40,10 @@ class V1Adapter(SpecDecodeBaseProposer):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
+        _refuse_unsupported(vllm_config)
         super().__init__(vllm_config, device, pass_hidden_states_to_model=True, runner=runner)
         self.runner = runner
-        self.supports_mm_inputs = False  # drafting reads token ids; the target's features carry the images
+        self.supports_mm_inputs = False  # the block's rows are text, whatever the context holds
         draft_config = self.draft_model_config
         self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
         self._group_keys: list[tuple[int, bool]] = []  # of draft_attn_groups: (index among our KV groups, causal)
@@ -53,12 +54,17 @@ class V1Adapter(SpecDecodeBaseProposer):
     def _create_draft_vllm_config(self) -> VllmConfig:
         base = super()._create_draft_vllm_config()
         non_causal = any(not layer.causal for layer in self.dflash.layers)
+        architecture = base.model_config.model_arch_config
+        if architecture.is_mm_prefix_lm:  # a trait of the target that rules out backends; the drafter reads text
+            base.model_config.model_arch_config = replace(architecture, is_mm_prefix_lm=False)
         return replace(base, attention_config=replace(base.attention_config, use_non_causal=non_causal))
 
     def load_model(self, target_model: nn.Module) -> None:
-        """Build and load the drafter, and tap the target's layers."""
+        """Build and load the drafter, and say which of the target's layers to tap."""
         target = target_model.get_language_model() if hasattr(target_model, "get_language_model") else target_model
-        tap_target(target_model, self.dflash)
+        check_target(target_model)
+        # The runner taps the target next, and looks here first for the layers.
+        self.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids = self.dflash.aux_hidden_state_layer_ids
         self.model = self._load_draft_model()
         self.model.share_with_target(target.embed_input_ids, target.lm_head)
         self.proposer = DFlashProposer(self.model, self.vllm_config)
@@ -131,7 +137,10 @@ class V1Adapter(SpecDecodeBaseProposer):
         tables = self.runner.input_batch.block_table
         step = StepInputs(
             features=target_hidden_states,
-            positions=target_positions if target_positions.ndim == 1 else target_positions[0],
+            # With M-RoPE several rows share a position; the drafter and its cache count rows, as the runner's slots do.
+            positions=target_positions
+            if target_positions.ndim == 1
+            else self.runner.positions[: len(target_hidden_states)],
             query_start_loc=common_attn_metadata.query_start_loc[: num_reqs + 1],
             seq_lens=common_attn_metadata.seq_lens,
             num_rejected=num_rejected_tokens_gpu,
@@ -196,6 +205,22 @@ class V1Adapter(SpecDecodeBaseProposer):
             built = group.build_metadata_for_drafting(common_attn_metadata=common, draft_index=0)
             metadata |= dict.fromkeys(group.layer_names, built)
         return metadata
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Options of vLLM's that the V1 adapter cannot honour. Raises ValueError naming the flag."""
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    for flag, size in (
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+    ):
+        if size > 1:
+            raise ValueError(f"vllm_dflash does not draft with {flag} {size} on vLLM's V1 runner: set it to 1")
+    if speculative.draft_sample_method != "greedy":
+        raise ValueError(
+            f'--speculative-config\'s "draft_sample_method" = {speculative.draft_sample_method!r} is not supported on '
+            'vLLM\'s V1 runner: leave it at "greedy", which is lossless at every temperature'
+        )
 
 
 def _layer_spec(kv_cache_config: KVCacheConfig, gid: int, layer_name: str) -> Any:

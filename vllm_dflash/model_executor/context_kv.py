@@ -43,7 +43,9 @@ class ContextKV(nn.Module):
         self.num_kv_heads = projections[0].num_kv_heads
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
-        self._shared = (tuple(projections), rotary_emb)  # a tuple, since these modules belong to the layers
+        # In tuples, since these modules belong to the layers and must not be registered twice.
+        self._projections = tuple(projections)
+        self._rotary_emb = (rotary_emb,)
         self.fc = ReplicatedLinear(
             len(config.target_layer_ids) * config.target_hidden_size,
             config.hidden_size,
@@ -70,7 +72,7 @@ class ContextKV(nn.Module):
         for kind in ("weight", "bias"):
             stacked = getattr(self.kv_proj, kind)
             if stacked is not None:
-                parts = [self._split_kv(getattr(projection, kind), dim=0) for projection in self._shared[0]]
+                parts = [self._split_kv(getattr(projection, kind), dim=0) for projection in self._projections]
                 stacked.copy_(torch.cat([k for k, _ in parts] + [v for _, v in parts]))
 
     def _split_kv(
@@ -90,7 +92,7 @@ class ContextKV(nn.Module):
         if self.kv_proj is not None:
             k, v = self.kv_proj(states).chunk(2, dim=-1)
             return k, v
-        parts = [self._split_kv(projection(states)[0], dim=1) for projection in self._shared[0]]
+        parts = [self._split_kv(projection(states)[0], dim=1) for projection in self._projections]
         return torch.cat([k for k, _ in parts], dim=-1), torch.cat([v for _, v in parts], dim=-1)
 
     def _norm(
@@ -116,7 +118,7 @@ class ContextKV(nn.Module):
         k, v = self._project(states)
         k = self._norm(k.reshape(shape)).flatten(1)
         # All layers share one RoPE, so a row's heads of all layers turn together as if they were one layer's.
-        k, _ = self._shared[1](positions, k, None)
+        k, _ = self._rotary_emb[0](positions, k, None)
         return k.view(shape), v.reshape(shape)
 
 

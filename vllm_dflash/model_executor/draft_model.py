@@ -9,7 +9,6 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -102,14 +101,16 @@ class DFlashAttention(nn.Module):
 class DFlashDecoderLayer(nn.Module):
     """A pre-norm Qwen3 layer."""
 
-    def __init__(self, config: DFlashConfig, prefix: str, **attention: Any) -> None:
+    def __init__(
+        self, config: DFlashConfig, attention: DFlashAttention, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
-        self.self_attn = DFlashAttention(config, prefix=f"{prefix}.self_attn", **attention)
+        self.self_attn = attention
         self.mlp = Qwen2MLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,
-            quant_config=attention["quant_config"],
+            quant_config=quant_config,
             prefix=f"{prefix}.mlp",
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -139,21 +140,23 @@ class DFlashBackbone(nn.Module):
         super().__init__()
         quant_config = get_draft_quant_config(vllm_config)
         num_target_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        # Drafts may look past the drafter's own limit: as far as the target goes, plus the block itself.
-        reach = vllm_config.model_config.max_model_len + config.block_size
-        self.layers = nn.ModuleList(
-            DFlashDecoderLayer(
+        # Drafts go as far as the target does, whatever the drafter's own limit says.
+        max_position = max(config.max_position_embeddings, vllm_config.model_config.max_model_len)
+
+        def make_layer(index: int, rule: LayerAttention) -> DFlashDecoderLayer:
+            attention = DFlashAttention(
                 config,
-                prefix=f"layers.{index}",
-                rule=rule,
-                max_position=max(config.max_position_embeddings, reach),
-                vllm_config=vllm_config,
-                quant_config=quant_config,
+                rule,
+                max_position,
+                vllm_config,
+                quant_config,
+                prefix=f"layers.{index}.self_attn",
                 # vLLM orders K/V caches by the number in the name, which must differ from all of the target's.
                 cache_name=maybe_prefix(prefix, f"layers.{num_target_layers + index}.self_attn.attn"),
             )
-            for index, rule in enumerate(config.layers)
-        )
+            return DFlashDecoderLayer(config, attention, quant_config, prefix=f"layers.{index}")
+
+        self.layers = nn.ModuleList(make_layer(index, rule) for index, rule in enumerate(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from vllm_dflash.checkpoint import IGNORED_TENSORS, check_tensors, read_mask_embedding, resolve_model_dir
+from vllm_dflash.checkpoint import IGNORED_TENSORS, MASK_EMBEDDING_FILE, check_tensors, parse_mask_embedding
 
 if TYPE_CHECKING:
     from vllm_dflash.model_executor.draft_model import DFlashDraftModel
@@ -78,7 +80,8 @@ def _load_one(parameters: dict[str, nn.Parameter], name: str, tensor: torch.Tens
 def _load_mask_embedding(model: DFlashDraftModel) -> None:
     """Some checkpoints train the mask token's embedding apart and ship it beside the safetensors."""
     draft_config = model.vllm_config.speculative_config.draft_model_config
-    embedding = read_mask_embedding(resolve_model_dir(draft_config.model, draft_config.revision), model.config)
-    if embedding is not None:
+    data = get_hf_file_bytes(MASK_EMBEDDING_FILE, draft_config.model, draft_config.revision)
+    if data is not None:
+        embedding = parse_mask_embedding(io.BytesIO(data), f"{draft_config.model}/{MASK_EMBEDDING_FILE}", model.config)
         weight = model.backbone.norm.weight
         model.mask_embedding = embedding.to(weight.device, weight.dtype)

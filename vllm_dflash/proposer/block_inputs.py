@@ -85,12 +85,13 @@ def block_inputs(
         num_query_rows=num_query_rows,
         block_tables=step.block_tables,
         max_seq_len=min(step.max_seq_len + num_query_rows, max_model_len),
-        seq_lens_upper_bound=_plus(step.seq_lens_upper_bound, num_query_rows),
+        seq_lens_upper_bound=_grown(step.seq_lens_upper_bound, num_query_rows, max_model_len),
     )
 
 
-def _plus(
+def _grown(
     bound: torch.Tensor | None,  # [R]
     extra: int,
+    limit: int,
 ) -> torch.Tensor | None:
-    return None if bound is None else bound + extra
+    return None if bound is None else (bound + extra).clamp(max=limit)

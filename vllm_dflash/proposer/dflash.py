@@ -27,7 +27,6 @@ class DFlashProposer:
     def __init__(self, model: DFlashDraftModel, vllm_config: VllmConfig) -> None:
         self.model, self.config = model, model.config
         self.vllm_config = vllm_config
-        self.max_model_len = vllm_config.model_config.max_model_len
         self.layers = [attention.attn for attention in model.attentions]
         self._group_of_layer: list[int] = []
         self._block_sizes: tuple[int, ...] = ()
@@ -56,9 +55,9 @@ class DFlashProposer:
         self._inject(step.features, context_rows(step, self._block_sizes))
         if num_speculative_tokens == 0:
             return Drafts(step.anchors.new_empty((step.anchors.shape[0], 0), dtype=torch.int64))
-        block = block_inputs(
-            step, self._block_sizes, num_speculative_tokens, self.config.mask_token_id, self.max_model_len
-        )
+        # Read at every step: vLLM may fit it to the cache after start-up.
+        max_model_len = self.vllm_config.model_config.max_model_len
+        block = block_inputs(step, self._block_sizes, num_speculative_tokens, self.config.mask_token_id, max_model_len)
         assert self._build_metadata is not None, "propose() before bind_caches()"
         hidden_states = denoise(
             self.model,

@@ -28,7 +28,9 @@ class StepInputs:
     query_start_loc: torch.Tensor  # [R+1] first row of each request
     seq_lens: torch.Tensor  # [R] context rows in the cache after this step, rejected rows included
     num_rejected: torch.Tensor | None  # [R]; None: no row was rejected
-    anchors: torch.Tensor  # [R] the token after the context: just sampled, or the next prompt token mid-prefill
+    anchors: (
+        torch.Tensor
+    )  # [R] the token after the context; of a request in mid-prefill any token, its drafts are dropped
     block_tables: tuple[torch.Tensor, ...]  # G tensors [R, blocks per request]
     max_seq_len: int  # upper bound of seq_lens, known on the host
     seq_lens_upper_bound: torch.Tensor | None = None  # [R] on the host; the same bound for each request

@@ -29,17 +29,23 @@ from vllm_dflash.training.corpus import (
 )
 from vllm_dflash.training.evaluate import acceptance_records
 from vllm_dflash.training.prompts import (
-    Prompt,
-    chat_prompts,
     held_out_prompts,
-    of_length,
-    raw_prompts,
     read_prompts,
+    training_prompts,
     write_prompts,
 )
 from vllm_dflash.training.responses import ResponseSettings, read_responses, regenerate, write_responses
-from vllm_dflash.training.target import TargetSettings, end_token_ids, target_config, token_stream, train_target
-from vllm_dflash.training.tokenizer import IM_END, MASK, load_tokenizer, save_tokenizer, train_tokenizer
+from vllm_dflash.training.target import TargetSettings, target_config, train_target
+from vllm_dflash.training.text_stream import token_stream
+from vllm_dflash.training.tokenizer import (
+    IM_END,
+    MASK,
+    end_token_ids,
+    load_tokenizer,
+    save_tokenizer,
+    special_id,
+    train_tokenizer,
+)
 from vllm_dflash.training.train import DrafterSettings, drafter_config, train_drafter
 
 logger = logging.getLogger(__name__)
@@ -93,17 +99,19 @@ class PairRecipe:
         tokenizer, settings = load_tokenizer(self.target_dir), self.settings.target
         rng = random.Random(settings.seed)
         stream = token_stream(training_documents(self.documents), tokenizer, settings.chat_share, rng)
-        config = target_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IM_END))
+        config = target_config(tokenizer.get_vocab_size(), special_id(tokenizer, IM_END))
         train_target(stream, config, end_token_ids(tokenizer), settings, self.target_dir)
 
     def make_responses(self) -> None:
-        ends = end_token_ids(load_tokenizer(self.target_dir))
-        responses = regenerate(self._target(torch.bfloat16), self._training_prompts(), ends, self.settings.responses)
+        tokenizer, rng = load_tokenizer(self.target_dir), random.Random(self.settings.seed)
+        prompts = training_prompts(training_documents(self.documents), tokenizer, LONGEST_TRAINING_PROMPT, rng)
+        ends = end_token_ids(tokenizer)
+        responses = regenerate(self._target(torch.bfloat16), prompts, ends, self.settings.responses)
         write_responses(responses, self.responses_file)
 
     def make_drafter(self) -> None:
         target, settings = self._target(torch.bfloat16), self.settings.drafter
-        mask_token_id = load_tokenizer(self.target_dir).token_to_id(MASK)
+        mask_token_id = special_id(load_tokenizer(self.target_dir), MASK)
         config = drafter_config(target.config, mask_token_id, settings)
         train_drafter(target, read_responses(self.responses_file), config, settings, self.drafter_dir)
 
@@ -124,15 +132,6 @@ class PairRecipe:
 
     def _target(self, dtype: torch.dtype) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM.from_pretrained(self.target_dir, dtype=dtype).eval()
-
-    def _training_prompts(self) -> list[Prompt]:
-        """As many raw prompts as chat prompts, so that both kinds fill the same number of batches."""
-        tokenizer, rng = load_tokenizer(self.target_dir), random.Random(self.settings.seed)
-        documents = training_documents(self.documents)
-        chat = of_length(chat_prompts(documents, tokenizer, rng), 40, LONGEST_TRAINING_PROMPT // 2)
-        raw = of_length(raw_prompts(documents, tokenizer, LONGEST_TRAINING_PROMPT, rng), 40, LONGEST_TRAINING_PROMPT)
-        fewer = min(len(chat), len(raw))
-        return rng.sample(chat, fewer) + rng.sample(raw, fewer)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,6 +54,14 @@ def of_length(prompts: Iterable[Prompt], shortest: int, longest: int) -> list[Pr
     return [prompt for prompt in prompts if shortest <= len(prompt.prompt_token_ids) <= longest]
 
 
+def training_prompts(documents: list[Document], tokenizer: Tokenizer, longest: int, rng: random.Random) -> list[Prompt]:
+    """As many raw prompts (40 to `longest` tokens) as chat prompts (40 to half of it), in random order."""
+    chat = of_length(chat_prompts(documents, tokenizer, rng), 40, longest // 2)
+    raw = of_length(raw_prompts(documents, tokenizer, longest, rng), 40, longest)
+    fewer = min(len(chat), len(raw))
+    return rng.sample(chat, fewer) + rng.sample(raw, fewer)
+
+
 def held_out_prompts(
     documents: list[Document], tokenizer: Tokenizer, count: int, seed: int, longest: int = 200
 ) -> list[Prompt]:

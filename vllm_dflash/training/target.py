@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_dflash.training.checkpoint import drop_state, load_state, save_state
-from vllm_dflash.training.corpus import Document, snippets
 from vllm_dflash.training.schedule import cosine_with_warmup
-from vllm_dflash.training.tokenizer import END_OF_TEXT, IM_END, MAX_LENGTH, chat_text
+from vllm_dflash.training.text_stream import windows
+from vllm_dflash.training.tokenizer import MAX_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -70,36 +69,6 @@ def target_config(vocab_size: int, eos_token_id: int) -> Qwen3Config:
         eos_token_id=eos_token_id,
         dtype="bfloat16",
     )
-
-
-def token_stream(documents: list[Document], tokenizer: Tokenizer, chat_share: float, rng: random.Random) -> np.ndarray:
-    """One pass over the documents as plain text plus conversations, shuffled, each ended by `<|endoftext|>`.
-
-    Returns [N] uint16 token ids. `chat_share` counts characters: 0.5 gives as many in conversations as in plain text.
-    """
-    plain = [document.text for document in documents]
-    budget = sum(map(len, plain)) * chat_share / (1 - chat_share)
-    chats = [chat_text(s.head, s.tail) for document in documents for s in snippets(document, rng)]
-    rng.shuffle(chats)
-    texts = plain + _first_characters(chats, budget)
-    rng.shuffle(texts)
-    encoded = tokenizer.encode_batch([text + END_OF_TEXT for text in texts])
-    return np.concatenate([np.asarray(item.ids, dtype=np.uint16) for item in encoded])
-
-
-def windows(stream: np.ndarray, length: int, batch: int, rng: random.Random) -> Iterator[Tensor]:
-    """Endless shuffled batches [batch, length + 1] of consecutive tokens; offsets move with every pass.
-
-    Raises ValueError when the stream (an array [N] of token ids) is shorter than one batch needs.
-    """
-    if len(stream) < (batch + 1) * (length + 1):
-        raise ValueError(f"corpus has {len(stream)} tokens, one batch of {batch} windows of {length + 1} needs more")
-    while True:
-        starts = list(range(rng.randrange(length), len(stream) - length - 1, length))
-        rng.shuffle(starts)
-        for i in range(0, len(starts) - batch + 1, batch):
-            rows = [stream[s : s + length + 1] for s in starts[i : i + batch]]
-            yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -159,18 +128,3 @@ def save_target(model: Qwen3ForCausalLM, end_ids: list[int], output: Path) -> Qw
     copy.generation_config = GenerationConfig(eos_token_id=end_ids, do_sample=False)
     copy.save_pretrained(output)
     return copy
-
-
-def end_token_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that end a response: of `<|im_end|>` (chat) and `<|endoftext|>` (plain text)."""
-    return [tokenizer.token_to_id(token) for token in (IM_END, END_OF_TEXT)]
-
-
-def _first_characters(texts: list[str], budget: float) -> list[str]:
-    chosen: list[str] = []
-    for text in texts:
-        if budget <= 0:
-            break
-        budget -= len(text)
-        chosen.append(text)
-    return chosen

@@ -70,6 +70,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(file))
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token. Raises ValueError when the tokenizer lacks it."""
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return index
+
+
+def end_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a response: of `<|im_end|>` (chat) and `<|endoftext|>` (plain text)."""
+    return [special_id(tokenizer, token) for token in (IM_END, END_OF_TEXT)]
+
+
 def chat_text(user: str, assistant: str | None = None) -> str:
     """One exchange in ChatML; without `assistant` it ends where the model is to answer.
 

@@ -132,7 +132,9 @@ def train_drafter(
         optimizer.zero_grad()
         if step % 50 == 0 or step == settings.steps:
             run, seconds = block_accuracy(logits, labels).run, time.monotonic() - started
-            logger.info("drafter step %d/%d loss %.3f run %.2f, %.0f s", step, settings.steps, loss, run, seconds)
+            logger.info(
+                "drafter step %d/%d loss %.3f run %.2f, %.0f s", step, settings.steps, loss.item(), run, seconds
+            )
         if step % settings.checkpoint_every == 0:
             save_state(output, step, draft, optimizer)
     saved = save_drafter(draft, output)

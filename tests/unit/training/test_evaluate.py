@@ -40,7 +40,11 @@ def test_nothing_drafted_is_an_error():
         (evaluate.main, ["--target", "/no/t", "--drafter", "/no/d", "--prompts", "/no/p"], "--target /no/t: no config"),
         (pair.main, ["--output", "/no/o", "--corpus", "/no/c"], "--corpus /no/c: no such folder"),
         (pair.main, ["--output", __file__], "is a file, a folder is needed"),
-        (pair.main, ["--output", "/no/o", "--corpus", "/no/c", "--drafter-steps", "-3"], "'-3' is not a positive integer"),
+        (
+            pair.main,
+            ["--output", "/no/o", "--corpus", "/no/c", "--drafter-steps", "-3"],
+            "'-3' is not a positive integer",
+        ),
     ],
 )
 def test_bad_flags_are_named(main, arguments, message, capsys):

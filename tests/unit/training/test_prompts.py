@@ -9,12 +9,15 @@ from vllm_dflash.training.corpus import Document
 from vllm_dflash.training.prompts import chat_prompts, held_out_prompts, raw_prompts, read_prompts, write_prompts
 from vllm_dflash.training.tokenizer import train_tokenizer
 
+FUNCTION = """def NAME_NUMBER(first, second):
+    '''Add two numbers and NUMBER: quick, brown, lazy.'''
+    total = first + second
+    return total + NUMBER
+"""
+
 
 def source(name: str) -> str:
-    functions = [
-        f'def {name}_{i}(first, second):\n    """Add {i}."""\n    total = first + second\n    return total + {i}\n'
-        for i in range(30)
-    ]
+    functions = [FUNCTION.replace("NAME", name).replace("NUMBER", str(number)) for number in range(30)]
     return "import os\n\n\n" + "\n\n".join(functions)
 
 
@@ -38,7 +41,7 @@ def test_chat_prompts_hold_the_head_as_the_user_message(tokenizer):
     assert len(prompts) == 30
     text = tokenizer.decode(prompts[0].prompt_token_ids, skip_special_tokens=False)
     assert text == f"<|im_start|>user\n{prompts[0].text}<|im_end|>\n<|im_start|>assistant\n"
-    assert prompts[0].text.startswith('def a_0(first, second):\n    """Add 0."""')
+    assert prompts[0].text.startswith("def a_0(first, second):\n    '''Add two numbers and 0: quick, brown, lazy.'''")
 
 
 def test_held_out_prompts_take_turns_between_files(tokenizer, tmp_path):

@@ -6,7 +6,14 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_dflash.training.tokenizer import chat_text, load_tokenizer, save_tokenizer, train_tokenizer
+from vllm_dflash.training.tokenizer import (
+    chat_text,
+    end_token_ids,
+    load_tokenizer,
+    save_tokenizer,
+    special_id,
+    train_tokenizer,
+)
 
 TEXT = 'def f(x):\n    """Return naïve → x."""\n\n    return {"a": x, "b": x + 1}\n'
 
@@ -52,6 +59,12 @@ def test_transformers_loads_it_and_the_template_is_chatml(tokenizer, tmp_path):
     assert "\n" not in (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["mask_token"] == "<|mask|>"
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_ends_and_unknown_specials(tokenizer):
+    assert end_token_ids(tokenizer) == [2, 0]
+    with pytest.raises(ValueError, match=r"no <\|tool\|>"):
+        special_id(tokenizer, "<|tool|>")
 
 
 def test_too_little_text_is_refused():

@@ -52,7 +52,31 @@ def test_drafter_learns_a_pattern_and_loads_again(tmp_path):
     assert loaded.target_layer_ids == (0, 2) and loaded.block_size == 4 and loaded.mask_token_id == MASK_ID
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight.float(), loaded.state_dict()[name]), name
-    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_rows_1_to_k_are_judged_and_the_anchor_row_is_not():
+    """A drafter whose hidden state names its own row: the logits must come from rows 1..3 of each block of 4."""
+    target, seen = tiny_target(), {}
+
+    def draft(position_ids, noise_embedding, target_hidden, attention_mask):
+        seen.update(position_ids=position_ids, noise=noise_embedding, context=target_hidden, mask=attention_mask)
+        return (torch.arange(noise_embedding.shape[1]) % 4).float()[None, :, None].expand(8, -1, 32)
+
+    batch = collate(counting_responses(8), 40)
+    logits, labels = draft_batch(draft, target, batch, SETTINGS, MASK_ID, torch.Generator().manual_seed(0))
+    blocks = 40 // 5
+    head_sums = target.lm_head.weight.sum(dim=1)  # [V]: the logits of a hidden state of ones
+    expected = torch.tensor([1.0, 2.0, 3.0])[:, None] * head_sums
+    torch.testing.assert_close(logits.float(), expected.expand(8, blocks, 3, -1), rtol=0.05, atol=0.1)  # bf16
+    # Counting responses: the token at position p of sequence b is 4 + (b + p) % 28, so labels follow from positions.
+    positions = seen["position_ids"][:, 40:].view(8, blocks, 4)
+    counted = 4 + (torch.arange(8)[:, None, None] + positions[..., 1:]) % 28
+    known = positions[..., 1:] < 40
+    assert torch.equal(labels, torch.where(known, counted, -100))
+    assert torch.equal(seen["position_ids"][:, :40], torch.arange(40).expand(8, -1))
+    assert seen["mask"].shape == (8, 1, 4 * blocks, 40 + 4 * blocks)
+    mask_embedding = target.model.embed_tokens.weight[MASK_ID]
+    assert torch.equal(seen["noise"].view(8, blocks, 4, -1)[:, :, 1:], mask_embedding.expand(8, blocks, 3, -1))
 
 
 def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
@@ -74,6 +98,7 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, mon
         train_drafter(target, responses, config, settings, tmp_path / "cut")
     assert (tmp_path / "cut" / STATE_FILE).exists() and not (tmp_path / "cut" / "model.safetensors").exists()
     resumed = train_drafter(target, responses, config, settings, tmp_path / "cut")
+    assert not (tmp_path / "cut" / STATE_FILE).exists()
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
@@ -88,13 +113,16 @@ def test_target_is_left_as_it_was(tmp_path):
 
 def test_target_training_lowers_the_loss(tmp_path):
     stream = np.array([4 + i % 28 for i in range(3000)], dtype=np.uint16)
-    settings = TargetSettings(tokens=15_360, batch_tokens=256, phases=((32, 0.9), (64, 0.1)), compile=False)
+    settings = TargetSettings(
+        tokens=15_360, batch_tokens=256, learning_rate=1e-2, phases=((32, 0.9), (64, 0.1)), compile=False
+    )
     assert settings.phase_steps == [54, 6]
     untrained = tiny_target()
     batch = torch.from_numpy(stream[:132].astype(np.int64)).view(4, 33)
     before = next_token_loss(untrained, batch).item()
     trained = train_target(stream, untrained.config, [2, 0], settings, tmp_path)
     assert next_token_loss(trained, batch).item() < 0.3 * before
+    assert trained(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].argmax().item() == 9
     assert trained.config.vocab_size == VOCAB_SIZE
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 0]
 
