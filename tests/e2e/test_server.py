@@ -8,13 +8,12 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 
-from tests.e2e.engines import DRAFTER, TARGET, TIMEOUT_S, environment, held_out_prompts, run_engine
+from tests.e2e.engines import DRAFTER, TARGET, TIMEOUT_S, VLLM, environment, held_out_prompts, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -30,13 +29,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A real server process, with nothing but the two arguments a user gives (and fp32, for exact ids)."""
+    """A real server process, compiled as by default, with the two arguments a user gives (and fp32, for exact ids)."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "serve.log"
     speculative = json.dumps({"method": "dflash", "model": str(DRAFTER)})
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [*vllm, "serve", str(TARGET), "--speculative-config", speculative, "--dtype", "float32", "--enforce-eager",
+            [VLLM, "serve", str(TARGET), "--speculative-config", speculative, "--dtype", "float32",
              "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"],
             env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
