@@ -50,7 +50,7 @@ def published_tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tens
 
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q_rows, kv_rows = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    taps = len(config["dflash_config"]["target_layer_ids"])
+    taps = len(config["dflash_config"].get("target_layer_ids", DEFAULT_TAPS))
     tensors = {
         "fc.weight": matrix(hidden, taps * hidden),
         "hidden_norm.weight": near_one(hidden),
@@ -125,6 +125,9 @@ def speculators_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+#: Where a checkpoint names no layers: one tap per draft layer, from the 2nd to the 3rd-to-last of 6 layers.
+DEFAULT_TAPS = [1, 3]
+
 #: What differs from DRAFT_CONFIG.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -143,6 +146,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "reduced_vocabulary": {"draft_vocab_size": 160},
     "speculators_layout": {},
+    "default_taps": {"dflash_config": {"mask_token_id": MASK}},
     "scaled_rope": {
         "rope_theta": 10000.0,
         "rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

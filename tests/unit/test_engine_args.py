@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+from types import SimpleNamespace
+
 from vllm.config import ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -25,6 +27,8 @@ from tests.helpers import (
     write_config,
     write_drafter,
 )
+from vllm_dflash.compat import engine_args as engine_args_module
+from vllm_dflash.compat.ownership import drafts_here
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +202,45 @@ def test_directory_without_weights(target: str, tmp_path: Path) -> None:
     assert f"no *.safetensors in the drafter's directory {tmp_path}" in message
 
 
+def test_weights_are_not_looked_for_where_they_are_made_up(target: str, tmp_path: Path) -> None:
+    drafter = str(write_config(tmp_path, drafter_config()))
+    args = engine_args(target, speculative_config={"method": "dflash", "model": drafter}, load_format="dummy")
+    assert args.create_engine_config().speculative_config.num_speculative_tokens == 15
+
+
+# Limits.
+
+
+def test_no_model_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match='needs a "model"'):
+        engine_args(target, speculative_config={"method": "dflash"}).create_engine_config()
+
+
+def test_a_limit_of_the_drafters_own_is_refused(target: str, drafter: str) -> None:
+    message = complaint(target, drafter, max_model_len=64)
+    assert "max_model_len" in message
+    assert "64" in message
+
+
+def test_a_block_longer_than_any_request_is_refused(target: str, drafter: str) -> None:
+    args = EngineArgs(
+        model=target,
+        skip_tokenizer_init=True,
+        max_model_len=12,
+        speculative_config={"method": "dflash", "model": drafter},
+    )
+    with pytest.raises(ValueError, match="--max-model-len 12 leaves no room for a block of 1 \\+ 15 rows"):
+        args.create_engine_config()
+
+
+def test_a_checkpoint_that_proposes_its_whole_block_is_corrected(target: str, tmp_path: Path) -> None:
+    """Some write block_size where speculative_tokens belongs, and vLLM takes K from there."""
+    raw = speculators_config(block_size=8)
+    raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = 8
+    write_config(write_drafter(tmp_path, block_size=8), raw)
+    assert speculative(target, str(tmp_path), num_speculative_tokens=8).num_speculative_tokens == 7
+
+
 # Options.
 
 
@@ -213,6 +256,26 @@ def test_options_of_others_are_none_of_ours(target: str, drafter: str) -> None:
 
 
 # What is vLLM's stays vLLM's.
+
+
+def claimed(config: SpeculativeConfig) -> bool:
+    return drafts_here(SimpleNamespace(speculative_config=config))  # type: ignore[arg-type]
+
+
+def test_a_plain_drafter_is_ours(target: str, drafter: str) -> None:
+    assert claimed(speculative(target, drafter))
+
+
+@pytest.mark.parametrize("key", ["attention_sink_bias", "attention_value_scale"])
+def test_parts_that_only_vllm_has_stay_with_vllm(target: str, tmp_path: Path, key: str) -> None:
+    raw = drafter_config()
+    raw["dflash_config"][key] = 0.5 if key == "attention_value_scale" else True
+    drafter = str(write_config(tmp_path, raw))
+    assert not claimed(speculative(target, drafter, num_speculative_tokens=15))
+
+
+def test_a_drafter_in_an_object_store_stays_with_vllm() -> None:
+    assert engine_args_module._read_drafter({"model": "s3://bucket/drafter"}) is None
 
 
 def test_dflash2_is_passed_on_untouched(target: str, tmp_path: Path) -> None:

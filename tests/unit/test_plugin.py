@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("wrapt")
 from vllm_dflash import plugin
-from vllm_dflash.compat import install, ownership, patching, version
+from vllm_dflash.compat import install, ownership, patching, select_v2, version
 
 #: Where an engine's drafter is checked and chosen. There may be more patches than these.
 PATCHED_MODULES = {"vllm.engine.arg_utils", "vllm.config.vllm", "vllm.v1.worker.gpu_model_runner"}
@@ -134,6 +134,20 @@ def test_only_claimed_engines_are_ours() -> None:
     assert not ownership.drafts_here(other)
     assert not ownership.drafts_here(engine("eagle3"))
     assert not ownership.drafts_here(SimpleNamespace(speculative_config=None))
+
+
+def test_the_v2_runner_keeps_vllms_speculator_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, lines: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    runner = SimpleNamespace(init_speculator=lambda *arguments: ("vLLM's", arguments))
+    select_v2.install(runner)  # type: ignore[arg-type]
+    claimed, other = engine("dflash"), engine("dflash")
+    ownership.claim(claimed.speculative_config)
+    assert runner.init_speculator(other, "cuda", "states") == ("vLLM's", (other, "cuda", "states"))
+    assert lines == []
+    assert runner.init_speculator(claimed, "cuda", "states") == ("vLLM's", (claimed, "cuda", "states"))
+    assert [level for level, text in lines if "V2 model runner drafts with vLLM's own dflash" in text] == ["WARNING"]
 
 
 # Patching.

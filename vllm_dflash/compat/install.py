@@ -19,6 +19,7 @@ def install() -> None:
     register_post_import_hook(_engine_args, "vllm.engine.arg_utils")
     register_post_import_hook(_config, "vllm.config.vllm")
     register_post_import_hook(_runner_v1, "vllm.v1.worker.gpu_model_runner")
+    register_post_import_hook(_runner_v2, "vllm.v1.worker.gpu.model_runner")
     register_post_import_hook(_rejection_cpu, "vllm.v1.sample.rejection_sampler")
 
 
@@ -38,6 +39,12 @@ def _runner_v1(module: ModuleType) -> None:
     from vllm_dflash.compat import select_v1
 
     select_v1.install(module)
+
+
+def _runner_v2(module: ModuleType) -> None:
+    from vllm_dflash.compat import select_v2
+
+    select_v2.install(module)
 
 
 def _rejection_cpu(module: ModuleType) -> None:
