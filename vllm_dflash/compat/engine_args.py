@@ -46,7 +46,10 @@ def create_speculative_config(
     make = patching.original(EngineArgs, "create_speculative_config")
     user = _user_config(self)
     raw = _read_drafter(user) if _asks_for_dflash(user) else None
-    if raw is None or not is_dflash_checkpoint(raw):
+    if raw is None:
+        return make(self, target_model_config, target_parallel_config)
+    if not is_dflash_checkpoint(raw):
+        logger.info("vllm_dflash: standing aside, %s is not a plain DFlash drafter", user["model"])
         return make(self, target_model_config, target_parallel_config)
     config = DFlashConfig.from_dict(raw, source=str(user["model"]))
     DFlashOptions.from_additional_config(self.additional_config)
