@@ -3,8 +3,8 @@
 
     python -m vllm_dflash.training.pair --output DIR
 
-Stages: tokenizer, target, responses, drafter, held-out prompts, acceptance. A stage whose output exists is skipped and
-an interrupted training goes on from its checkpoint, so the same command finishes what was begun.
+Stages: tokenizer, target, responses, drafter in two rounds, held-out prompts, acceptance. A stage whose output exists is
+skipped and an interrupted training goes on from its checkpoint, so the same command finishes what was begun.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class PairSettings:
     target: TargetSettings = field(default_factory=TargetSettings)
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     drafter: DrafterSettings = field(default_factory=DrafterSettings)
+    second_round: DrafterSettings = DrafterSettings(
+        steps=4200, learning_rate=1.5e-3, tokens_per_anchor=12, seed=5, greedy_only=True
+    )
     seed: int = 0  # of the choice of prompts
 
 
@@ -70,6 +73,7 @@ class PairRecipe:
         self.settings = settings
         self.target_dir, self.drafter_dir = output / "target", output / "drafter"
         self.responses_file = output / "work" / "responses.jsonl"
+        self.first_drafter_dir = output / "work" / "drafter"
         self.prompts_file = output / "heldout.jsonl"
         self.acceptance_file = output / "acceptance.json"
         self.documents: list[Document] = load_documents(corpus)
@@ -81,6 +85,7 @@ class PairRecipe:
             (self.make_tokenizer, self.target_dir / "tokenizer.json"),
             (self.make_target, self.target_dir / "model.safetensors"),
             (self.make_responses, self.responses_file),
+            (self.make_first_drafter, self.first_drafter_dir / "model.safetensors"),
             (self.make_drafter, self.drafter_dir / "model.safetensors"),
             (self.make_prompts, self.prompts_file),
             (self.measure, self.acceptance_file),
@@ -109,11 +114,17 @@ class PairRecipe:
         responses = regenerate(self._target(torch.bfloat16), prompts, ends, self.settings.responses)
         write_responses(responses, self.responses_file)
 
+    def make_first_drafter(self) -> None:
+        self._train_drafter(self.settings.drafter, self.first_drafter_dir, None)
+
     def make_drafter(self) -> None:
-        target, settings = self._target(torch.bfloat16), self.settings.drafter
-        mask_token_id = special_id(load_tokenizer(self.target_dir), MASK)
-        config = drafter_config(target.config, mask_token_id, settings)
-        train_drafter(target, read_responses(self.responses_file), config, settings, self.drafter_dir)
+        first = DFlashDraftModel.from_pretrained(str(self.first_drafter_dir), dtype=torch.float32)
+        self._train_drafter(self.settings.second_round, self.drafter_dir, first)
+
+    def _train_drafter(self, settings: DrafterSettings, output: Path, initial: DFlashDraftModel | None) -> None:
+        target = self._target(torch.bfloat16)
+        config = drafter_config(target.config, special_id(load_tokenizer(self.target_dir), MASK), settings)
+        train_drafter(target, read_responses(self.responses_file), config, settings, output, initial)
 
     def make_prompts(self) -> None:
         tokenizer = load_tokenizer(self.target_dir)
@@ -143,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target-tokens", type=_positive, default=defaults.target.tokens)
     parser.add_argument("--response-tokens", type=_positive, default=defaults.responses.tokens)
     parser.add_argument("--drafter-steps", type=_positive, default=defaults.drafter.steps)
+    parser.add_argument("--second-round-steps", type=_positive, default=defaults.second_round.steps)
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C++ compiler)")
     arguments = parser.parse_args(argv)
     if not arguments.corpus.is_dir():
@@ -155,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         target=replace(defaults.target, tokens=arguments.target_tokens, compile=compiled),
         responses=replace(defaults.responses, tokens=arguments.response_tokens),
         drafter=replace(defaults.drafter, steps=arguments.drafter_steps, compile=compiled),
+        second_round=replace(defaults.second_round, steps=arguments.second_round_steps, compile=compiled),
     )
     PairRecipe(arguments.corpus, arguments.output, settings).run()
 

@@ -46,6 +46,7 @@ class DrafterSettings:
     seed: int = 2
     compile: bool = True
     checkpoint_every: int = 250  # steps
+    greedy_only: bool = False  # leave sampled responses out: acceptance at temperature 0 is about the target's argmax
 
 
 def drafter_config(target: Qwen3Config, mask_token_id: int, settings: DrafterSettings) -> Qwen3Config:
@@ -105,10 +106,18 @@ def train_drafter(
     config: Qwen3Config,
     settings: DrafterSettings,
     output: Path,
+    initial: DFlashDraftModel | None = None,
 ) -> DFlashDraftModel:
-    """Train and write the bf16 model to `output` in the published layout; goes on from a checkpoint there."""
+    """Train and write the bf16 model to `output` in the published layout; goes on from a checkpoint there.
+
+    Starts from the weights of `initial`, or from random ones.
+    """
     torch.manual_seed(settings.seed)
     draft = DFlashDraftModel(config).float().train()
+    if initial is not None:
+        draft.load_state_dict(initial.state_dict())
+    if settings.greedy_only:
+        responses = [response for response in responses if response.temperature == 0.0]
     target = target.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True

@@ -103,6 +103,19 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, mon
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_second_round_starts_from_the_first_and_keeps_to_greedy_responses(tmp_path):
+    target = tiny_target()
+    config, responses = drafter_config(target.config, MASK_ID, SETTINGS), counting_responses(8)
+    first = train_drafter(target, responses, config, replace(SETTINGS, steps=2), tmp_path / "first")
+    still = replace(SETTINGS, steps=1, learning_rate=0.0, greedy_only=True)
+    second = train_drafter(target, responses, config, still, tmp_path / "second", first)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+    sampled = [replace(response, temperature=0.7) for response in responses]
+    with pytest.raises(ValueError, match="none of 0 responses"):
+        train_drafter(target, sampled, config, still, tmp_path / "third", first)
+
+
 def test_target_is_left_as_it_was(tmp_path):
     target = tiny_target()
     before = {name: weight.clone() for name, weight in target.state_dict().items()}
