@@ -3,8 +3,8 @@
 
     python -m vllm_dflash.training.pair --output DIR
 
-Stages: tokenizer, target, responses, drafter in two rounds, held-out prompts, acceptance. A stage whose output exists is
-skipped and an interrupted training goes on from its checkpoint, so the same command finishes what was begun.
+Stages: tokenizer, target, responses, drafter in two rounds, held-out prompts, acceptance. A stage whose output exists
+is skipped and an interrupted training goes on from its checkpoint, so the same command finishes what was begun.
 """
 
 from __future__ import annotations
