@@ -182,6 +182,8 @@ class V1Adapter(SpecDecodeBaseProposer):
 
     def _num_tokens_across_dp(self, num_tokens: int) -> torch.Tensor | None:
         """Row counts of all data-parallel ranks. A collective: every rank takes part in every step."""
+        if self.vllm_config.parallel_config.data_parallel_size == 1:
+            return None
         return self._determine_batch_execution_and_padding(num_tokens, use_cudagraphs=False)[2]
 
     def _build_attention_metadata(self, block: BlockInputs) -> dict[str, Any]:
