@@ -61,6 +61,13 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     for before, after in zip(plain.responses, dflash.responses, strict=True):
         console.print(response_panel(before, after))
     console.print(comparison_table(plain, dflash, speculating))
+    if options.target is None:
+        console.print(
+            "The shipped target is tiny and repeats itself, which is easy to draft. Its drafter's card tells acceptance "
+            f"inside and outside of repetition: {SHIPPED_PAIR / 'drafter' / 'README.md'}",
+            style="dim",
+            soft_wrap=True,
+        )
     return _num_identical(plain, dflash) == len(plain.responses)
 
 
