@@ -63,8 +63,8 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     console.print(comparison_table(plain, dflash, speculating))
     if options.target is None:
         console.print(
-            "The shipped target is tiny and repeats itself, which is easy to draft. Its drafter's card tells acceptance "
-            f"inside and outside of repetition: {SHIPPED_PAIR / 'drafter' / 'README.md'}",
+            "The shipped target is tiny and repeats itself, which is easy to draft. Its drafter's card tells apart the "
+            f"acceptance inside and outside of repetition: {SHIPPED_PAIR / 'drafter' / 'README.md'}",
             style="dim",
             soft_wrap=True,
         )
