@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
-# A child of vLLM's logger, so that its level and format apply.
-logger = logging.getLogger("vllm.vllm_dflash")
+from vllm_dflash.logs import logger
 
 #: "0" leaves vLLM as it is.
 SWITCH = "VLLM_DFLASH"

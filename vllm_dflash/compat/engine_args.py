@@ -8,13 +8,13 @@ when vLLM lets a plugin validate a speculative config.
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
 from vllm_dflash.compat.ownership import claim
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
+from vllm_dflash.logs import logger
 from vllm_dflash.validation import (
     DFlashOptions,
     TargetFacts,
@@ -27,9 +27,6 @@ from vllm_dflash.validation import (
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
-
-# A child of vLLM's logger, so that its level and format apply.
-logger = logging.getLogger("vllm.vllm_dflash")
 
 
 def install(arg_utils: ModuleType) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import is_global_first_rank
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_draft_load_config, initialize_model
@@ -21,12 +20,10 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_dflash.config import DFlashConfig
+from vllm_dflash.logs import logger
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
 from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import BlockInputs, DFlashProposer, StepInputs
-
-# A child of vLLM's logger, so that its level and format apply.
-logger = init_logger("vllm.vllm_dflash")
 
 #: Longer than any request: see `initialize_attn_backend`.
 _NO_LIMIT = 1 << 60

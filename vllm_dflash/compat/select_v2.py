@@ -7,19 +7,16 @@ and a user who installed this plugin should read who drafts instead. Added: one 
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
 from vllm_dflash.compat.ownership import drafts_here
+from vllm_dflash.logs import logger
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-
-# A child of vLLM's logger, so that its level and format apply.
-logger = logging.getLogger("vllm.vllm_dflash")
 
 
 def install(model_runner: ModuleType) -> None:

@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_dflash.checkpoint import IGNORED_TENSORS, MASK_EMBEDDING_FILE, check_tensors, parse_mask_embedding
+from vllm_dflash.validation import check_own_tables
 
 if TYPE_CHECKING:
     from vllm_dflash.model_executor.draft_model import DFlashDraftModel
@@ -33,6 +34,7 @@ def load_draft_weights(model: DFlashDraftModel, weights: Iterable[tuple[str, tor
     tensors = dict(weights)
     if not model.config.is_quantized:  # packed weights have names and shapes of their own
         check_tensors(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        check_own_tables(model.config, tensors)
     _make_own_tables(model, tensors)
     parameters = dict(model.named_parameters())
     loaded = {_load_one(parameters, name, tensor) for name, tensor in tensors.items() if not _is_special(name)}
