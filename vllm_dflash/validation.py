@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,6 @@ class TargetFacts:
     num_hidden_layers: int
     hidden_size: int
     vocab_size: int
-
-
-@dataclass(frozen=True)
-class DFlashOptions:
-    """The plugin's own options: `--additional-config '{"dflash": {...}}'`. There are none yet."""
-
-    @classmethod
-    def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> DFlashOptions:
-        """Parse the `dflash` key of vLLM's additional config. Raises ValueError naming an unknown key."""
-        options = (additional_config or {}).get("dflash") or {}
-        if not isinstance(options, Mapping):
-            raise ValueError(f'--additional-config\'s "dflash" must be an object, found {options!r}')
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(
-                f'--additional-config\'s "dflash" has unknown key(s) {unknown}; known keys: {sorted(known) or "none"}'
-            )
-        return cls(**options)
 
 
 def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) -> int:

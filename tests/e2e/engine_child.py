@@ -3,9 +3,9 @@
 
     python engine_child.py JOB.json RESULT.json
 
-The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens",
-"temperature", "concurrent": bool, "logprobs"?}]}. The result: per run the token ids and, step by step, how many tokens
-each request gained; and vLLM's counters over the whole run.
+The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "interpret": whether Triton runs on the CPU,
+"runs": [{"name", "prompts": [[ids]], "max_tokens", "temperature", "concurrent": bool, "logprobs"?}]}. The result: per
+run the token ids and, step by step, how many tokens each request gained; and vLLM's counters over the whole run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from typing import Any
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
+    if job["interpret"]:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        from tests.triton_cpu import install
+
+        install()
     from vllm import LLM
 
     if job.get("plant_bias"):
         plant_bias(job["plant_bias"])
-    llm = LLM(skip_tokenizer_init=True, enforce_eager=True, disable_log_stats=False, **job["llm"])
+    llm = LLM(**{"skip_tokenizer_init": True, "enforce_eager": True, "disable_log_stats": False} | job["llm"])
     runs = {run["name"]: generate(llm, run) for run in job["runs"]}
     Path(result_file).write_text(json.dumps(runs))
 

@@ -48,18 +48,26 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_engine(
-    folder: Path, llm: dict[str, Any], runs: list[dict[str, Any]], plant_bias: float = 0.0, **env: str
+    folder: Path,
+    llm: dict[str, Any],
+    runs: list[dict[str, Any]],
+    plant_bias: float = 0.0,
+    runner: str = "V1",
+    **env: str,
 ) -> dict[str, Run]:
-    """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails."""
+    """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails.
+
+    On a machine without a GPU the V2 runner, which is made of Triton kernels, runs in Triton's interpreter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
-    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias}))
+    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias, "interpret": runner == "V2"}))
     # Engine core and worker in the child's own process: no start-up of two more interpreters.
     one_process = {} if llm.get("tensor_parallel_size", 1) > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with log.open("w") as stream:
         done = subprocess.run(
             [sys.executable, str(CHILD), str(job), str(result)],
-            env=environment(**one_process, **env),
+            env=environment(VLLM_USE_V2_MODEL_RUNNER="1" if runner == "V2" else "0", **one_process, **env),
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("wrapt")
+from tests.helpers import drafter_config
 from vllm_dflash import plugin
 from vllm_dflash.compat import install, ownership, patching, select_v2, version
+from vllm_dflash.config import DFlashConfig
 
 #: Where an engine's drafter is checked and chosen. There may be more patches than these.
 PATCHED_MODULES = {"vllm.engine.arg_utils", "vllm.config.vllm", "vllm.v1.worker.gpu_model_runner"}
@@ -122,6 +124,9 @@ def test_installed_version_by_any_of_its_names(
 # Whose engine it is.
 
 
+DRAFTER = DFlashConfig.from_dict(drafter_config(), source="drafter")
+
+
 def engine(method: str) -> Any:
     draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DFlashDraftModel"]))
     return SimpleNamespace(speculative_config=SimpleNamespace(method=method, draft_model_config=draft))
@@ -129,25 +134,26 @@ def engine(method: str) -> Any:
 
 def test_only_claimed_engines_are_ours() -> None:
     claimed, other = engine("dflash"), engine("dflash")
-    ownership.claim(claimed.speculative_config)
+    ownership.claim(claimed.speculative_config, DRAFTER)
     assert ownership.drafts_here(claimed)
+    hf_config = claimed.speculative_config.draft_model_config.hf_config
+    assert hf_config.eagle_aux_hidden_state_layer_ids == (2, 4)  # outputs of layers 1 and 3, the embedding being 0
     assert not ownership.drafts_here(other)
     assert not ownership.drafts_here(engine("eagle3"))
     assert not ownership.drafts_here(SimpleNamespace(speculative_config=None))
 
 
-def test_the_v2_runner_keeps_vllms_speculator_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, lines: list[tuple[str, str]]
-) -> None:
+def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "_originals", {})
     runner = SimpleNamespace(init_speculator=lambda *arguments: ("vLLM's", arguments))
+    monkeypatch.setitem(
+        sys.modules, "vllm_dflash.compat.runner_v2", SimpleNamespace(V2Adapter=lambda *given: ("ours", given))
+    )
     select_v2.install(runner)  # type: ignore[arg-type]
     claimed, other = engine("dflash"), engine("dflash")
-    ownership.claim(claimed.speculative_config)
+    ownership.claim(claimed.speculative_config, DRAFTER)
     assert runner.init_speculator(other, "cuda", "states") == ("vLLM's", (other, "cuda", "states"))
-    assert lines == []
-    assert runner.init_speculator(claimed, "cuda", "states") == ("vLLM's", (claimed, "cuda", "states"))
-    assert [level for level, text in lines if "V2 model runner drafts with vLLM's own dflash" in text] == ["WARNING"]
+    assert runner.init_speculator(claimed, "cuda", "states") == ("ours", (claimed, "cuda"))
 
 
 # Patching.

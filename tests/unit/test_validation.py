@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import drafter_config, truncate, write_config, write_tensors
 from vllm_dflash.checkpoint import expected_tensors
 from vllm_dflash.config import DFlashConfig
+from vllm_dflash.options import DFlashOptions
 from vllm_dflash.validation import (
-    DFlashOptions,
     TargetFacts,
     check_checkpoint,
     check_own_tables,

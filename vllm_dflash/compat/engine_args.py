@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_dflash.compat import patching
 from vllm_dflash.compat.ownership import claim
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
+from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
 from vllm_dflash.logs import logger
+from vllm_dflash.options import DFlashOptions
 from vllm_dflash.validation import (
-    DFlashOptions,
     TargetFacts,
     check_checkpoint,
     check_limits,
@@ -49,7 +50,7 @@ def create_speculative_config(
         logger.info("vllm_dflash: standing aside, %s is not a plain DFlash drafter", user["model"])
         return make(self, target_model_config, target_parallel_config)
     config = DFlashConfig.from_dict(raw, source=str(user["model"]))
-    DFlashOptions.from_additional_config(self.additional_config)
+    options = DFlashOptions.from_additional_config(self.additional_config)
     num_speculative_tokens = _resolve_num_speculative_tokens(config, raw, user.get("num_speculative_tokens"))
     check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"))
     check_pair(config, _facts(target_model_config))
@@ -58,7 +59,7 @@ def create_speculative_config(
     if user.get("num_speculative_tokens") != num_speculative_tokens:
         self.speculative_config = {**(self.speculative_config or {}), "num_speculative_tokens": num_speculative_tokens}
     speculative = make(self, target_model_config, target_parallel_config)
-    claim(speculative)
+    claim(speculative, config, _draft_vocabulary(options, target_model_config))
     return speculative
 
 
@@ -98,6 +99,30 @@ def _resolve_num_speculative_tokens(config: DFlashConfig, raw: dict[str, Any], r
         )  # fmt: skip
         return config.num_speculative_tokens
     return resolve_num_speculative_tokens(config, requested)
+
+
+def _draft_vocabulary(options: DFlashOptions, target: ModelConfig) -> list[int] | None:
+    """The token ids that may be drafted; None: all. Ends of sequence are always among them."""
+    if options.draft_vocab_size is None:
+        return None
+
+    def encode() -> Encode:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(target.tokenizer, revision=target.tokenizer_revision)
+        return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+    return choose_draft_vocabulary(
+        options.draft_vocab_size, target.get_vocab_size(), options.draft_vocab_file, _stop_tokens(target), encode
+    )
+
+
+def _stop_tokens(target: ModelConfig) -> list[int]:
+    found = (
+        getattr(target.hf_text_config, "eos_token_id", None),
+        target.try_get_generation_config().get("eos_token_id"),
+    )
+    return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
 
 
 def _facts(target: ModelConfig) -> TargetFacts:

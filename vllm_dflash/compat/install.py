@@ -30,9 +30,10 @@ def _engine_args(module: ModuleType) -> None:
 
 
 def _config(module: ModuleType) -> None:
-    from vllm_dflash.compat import config
+    from vllm_dflash.compat import capture_sizes, config
 
     config.install(module)
+    capture_sizes.install(module)
 
 
 def _runner_v1(module: ModuleType) -> None:

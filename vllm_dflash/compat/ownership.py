@@ -3,18 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
+    from vllm_dflash.config import DFlashConfig
+
 #: Set on the drafter's Hugging Face config, which travels with vLLM's configuration.
 _MARK = "drafted_by_vllm_dflash"
+_VOCABULARY = "vllm_dflash_draft_vocabulary"
 
 
-def claim(speculative: SpeculativeConfig) -> None:
-    """Mark an engine's speculative config: this plugin drafts for it."""
-    setattr(speculative.draft_model_config.hf_config, _MARK, True)
+def claim(speculative: SpeculativeConfig, config: DFlashConfig, draft_vocabulary: Sequence[int] | None = None) -> None:
+    """Mark an engine's speculative config: this plugin drafts for it, all tokens or those of `draft_vocabulary`.
+
+    Also says which of the target's layers to tap, where both of vLLM's runners look first, on every pipeline rank.
+    """
+    hf_config = speculative.draft_model_config.hf_config
+    setattr(hf_config, _MARK, True)
+    setattr(hf_config, _VOCABULARY, None if draft_vocabulary is None else tuple(draft_vocabulary))
+    hf_config.eagle_aux_hidden_state_layer_ids = config.aux_hidden_state_layer_ids
 
 
 def drafts_here(vllm_config: VllmConfig) -> bool:
@@ -23,3 +33,9 @@ def drafts_here(vllm_config: VllmConfig) -> bool:
     if speculative is None or speculative.method != "dflash":
         return False
     return getattr(speculative.draft_model_config.hf_config, _MARK, False) is True
+
+
+def draft_vocabulary(vllm_config: VllmConfig) -> tuple[int, ...] | None:
+    """Token ids that an engine of ours may draft, ascending; None: all."""
+    chosen: tuple[int, ...] | None = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _VOCABULARY)
+    return chosen

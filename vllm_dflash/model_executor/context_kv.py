@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion and KV injection: target features -> K/V of all draft layers -> paged caches (paper, section 3.1).
+"""Fusion and projection: target features -> K/V of all draft layers (paper, section 3.1).
 
-Every draft layer reads the target's features as keys and values of its own making. They enter the cache here, before
-the block forward, so that the block's rows find them like any other cached context.
+Every draft layer reads the target's features as keys and values of its own making. `injection` puts them into the
+paged caches before the block forward, so that the block's rows find them like any other cached context.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
 from vllm.model_executor.models.utils import get_draft_quant_config
@@ -27,6 +26,9 @@ class ContextKV(nn.Module):
 
     The stacked projection is a copy of the layers' k/v rows, so that T rows cost one matrix product instead of L.
     A quantized drafter keeps its packed weights and projects layer by layer.
+
+    With `raw`, norm and rotation are left to whoever writes the caches: forward returns the projections, all layers'
+    keys beside all layers' values, [T, 2*L*heads*D].
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class ContextKV(nn.Module):
         config: DFlashConfig,
         projections: Sequence[QKVParallelLinear],
         rotary_emb: nn.Module,
+        raw: bool = False,
         prefix: str = "",
     ) -> None:
         super().__init__()
+        self.raw = raw
         self.num_layers = config.num_hidden_layers
         self.num_kv_heads = projections[0].num_kv_heads
         self.head_dim = config.head_dim
@@ -111,23 +115,16 @@ class ContextKV(nn.Module):
         self,
         features: torch.Tensor,  # [T, F*H]
         positions: torch.Tensor,  # [T]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys, normed and rotated at `positions`, and values of every layer: each [T, L, heads, D]."""
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Keys, normed and rotated at `positions`, and values of every layer: each [T, L, heads, D]. Or raw."""
         states = self.hidden_norm(self.fc(features))  # [T, H], shared by all layers
-        shape = (-1, self.num_layers, self.num_kv_heads, self.head_dim)
+        if self.raw and self.kv_proj is not None:
+            return self.kv_proj(states)
         k, v = self._project(states)
+        if self.raw:
+            return torch.cat((k, v), dim=-1)
+        shape = (-1, self.num_layers, self.num_kv_heads, self.head_dim)
         k = self._norm(k.reshape(shape)).flatten(1)
         # All layers share one RoPE, so a row's heads of all layers turn together as if they were one layer's.
         k, _ = self._rotary_emb[0](positions, k, None)
         return k.view(shape), v.reshape(shape)
-
-
-def write_context_kv(
-    layers: Sequence[Attention],  # L layers
-    k: torch.Tensor,  # [T, L, heads, D]
-    v: torch.Tensor,  # [T, L, heads, D]
-    slot_mappings: Sequence[torch.Tensor],  # L tensors [T]; a negative slot writes nothing
-) -> None:
-    """Write every layer's rows into its paged cache."""
-    for index, layer in enumerate(layers):
-        layer.impl.do_kv_cache_update(layer, k[:, index], v[:, index], layer.kv_cache, slot_mappings[index])

@@ -22,13 +22,18 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_dflash.config import DFlashConfig, LayerAttention
+from vllm_dflash.model_executor.caches import CACHE_DTYPES, CACHE_LAYOUT_BACKENDS
 from vllm_dflash.model_executor.context_kv import ContextKV
+from vllm_dflash.model_executor.fp8_weights import use_fp8_weights
 from vllm_dflash.model_executor.weights import load_draft_weights
+from vllm_dflash.options import DFlashOptions
 
 #: Token ids [N] -> embeddings [N, H].
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -96,6 +101,13 @@ class DFlashAttention(nn.Module):
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
+
+
+def writes_in_one_launch(attention: DFlashAttention) -> bool:
+    """Whether one of this package's kernels can norm, rotate and write the keys of all draft layers."""
+    known_layout = attention.attn.attn_backend.get_name() in CACHE_LAYOUT_BACKENDS
+    known_rotation = type(attention.rotary_emb).forward_cuda is RotaryEmbedding.forward_cuda
+    return HAS_TRITON and known_layout and known_rotation and attention.attn.kv_cache_dtype in CACHE_DTYPES
 
 
 class DFlashDecoderLayer(nn.Module):
@@ -174,7 +186,7 @@ class DFlashBackbone(nn.Module):
 class DFlashDraftModel(nn.Module):
     """The whole drafter, as vLLM's model loader builds it.
 
-    Its calls in the order of a step: `context_kv`, `embed`, `forward`, `top_tokens` or `compute_logits`.
+    Its calls in the order of a step: `context_kv`, `embed`, `forward`, `get_top_tokens` or `compute_logits`.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -182,6 +194,7 @@ class DFlashDraftModel(nn.Module):
         draft_config = vllm_config.speculative_config.draft_model_config
         self.config = config = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
         self.vllm_config = vllm_config
+        options = DFlashOptions.from_additional_config(vllm_config.additional_config)
         # Each is compiled apart, and vLLM keeps compiled graphs apart by tag.
         with set_model_tag("dflash_backbone"):
             self.backbone = DFlashBackbone(vllm_config=vllm_config, config=config, prefix=maybe_prefix(prefix, "draft"))
@@ -191,13 +204,25 @@ class DFlashDraftModel(nn.Module):
                 config=config,
                 projections=[attention.qkv_proj for attention in self.attentions],
                 rotary_emb=self.attentions[0].rotary_emb,
+                raw=writes_in_one_launch(self.attentions[0]),
             )
+        self.uses_fp8_weights = options.draft_weights == "fp8"
+        if self.uses_fp8_weights:
+            self._use_fp8_weights()
         self.logits_processor = LogitsProcessor(config.draft_vocab_size)
         self.embed_tokens: nn.Module | None = None
         self._target_embed: Embed | None = None
         self.lm_head: nn.Module | None = None
         self.register_buffer("draft_id_to_target_id", None, persistent=False)  # [draft_vocab_size]
         self.register_buffer("mask_embedding", None, persistent=False)  # [H]
+
+    def _use_fp8_weights(self) -> None:
+        if self.config.is_quantized:
+            raise ValueError(
+                f'{self.config.source} is quantized already: leave out --additional-config\'s "dflash": "draft_weights"'
+            )
+        use_fp8_weights(self.backbone)
+        use_fp8_weights(self.context_kv)
 
     @property
     def attentions(self) -> list[DFlashAttention]:
@@ -240,7 +265,7 @@ class DFlashDraftModel(nn.Module):
         """Logits over the draft vocabulary, [N, draft_vocab_size]; `to_target_ids` maps its ids."""
         return self.logits_processor(self.lm_head, hidden_states)
 
-    def top_tokens(
+    def get_top_tokens(
         self,
         hidden_states: torch.Tensor,  # [N, H]
     ) -> torch.Tensor:
@@ -258,6 +283,17 @@ class DFlashDraftModel(nn.Module):
     ) -> torch.Tensor:
         """Ids of a reduced draft vocabulary as the target's ids, [N]."""
         return draft_ids if self.draft_id_to_target_id is None else self.draft_id_to_target_id[draft_ids]
+
+    def to_target_logits(
+        self,
+        logits: torch.Tensor,  # [N, draft_vocab_size]
+    ) -> torch.Tensor:
+        """Logits over the target's vocabulary, [N, V]: a token that the drafter cannot draft has -inf."""
+        if self.draft_id_to_target_id is None:
+            return logits
+        wide = logits.new_full((logits.shape[0], self.config.vocab_size), float("-inf"))
+        wide[:, self.draft_id_to_target_id] = logits
+        return wide
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the published layout. Raises ValueError naming a missing, extra or misshapen tensor."""

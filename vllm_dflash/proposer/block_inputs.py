@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_dflash.proposer.step import PADDING_SLOT, BlockInputs, ContextRows, StepInputs
+from vllm_dflash.proposer.step import PADDING_SLOT, AnchorSource, BlockInputs, ContextRows, StepInputs
 
 #: Physical block 0 is vLLM's null block: what is written there is seen by every request.
 NULL_BLOCK = 0
@@ -43,11 +43,11 @@ def context_rows(step: StepInputs, block_sizes: tuple[int, ...]) -> ContextRows:
     requests = torch.searchsorted(ends, rows, right=True).clamp(max=ends.shape[0] - 1)
     valid_ends = ends if step.num_rejected is None else ends - step.num_rejected
     valid = rows < valid_ends[requests]
-    slot_mappings = tuple(
+    slot_mappings = [
         slots_of(table, requests, step.positions, size, valid)
         for table, size in zip(step.block_tables, block_sizes, strict=True)
-    )
-    return ContextRows(step.positions, slot_mappings)
+    ]
+    return ContextRows(step.positions, torch.stack(slot_mappings))
 
 
 def block_inputs(
@@ -63,10 +63,10 @@ def block_inputs(
     no table is read past its end.
     """
     num_query_rows = 1 + num_speculative_tokens
-    num_requests = step.anchors.shape[0]
-    requests = torch.arange(num_requests + 1, dtype=torch.int32, device=step.anchors.device)
+    anchors = step.anchors.gather() if isinstance(step.anchors, AnchorSource) else step.anchors
+    requests = torch.arange(anchors.shape[0] + 1, dtype=torch.int32, device=anchors.device)
     context_lens = step.seq_lens if step.num_rejected is None else step.seq_lens - step.num_rejected
-    offsets = torch.arange(num_query_rows, device=step.anchors.device)
+    offsets = torch.arange(num_query_rows, device=anchors.device)
     positions = context_lens[:, None] + offsets  # [R, Q]
     fits = positions < max_model_len
     positions = positions.clamp(max=max_model_len - 1)
@@ -75,7 +75,7 @@ def block_inputs(
         for table, size in zip(step.block_tables, block_sizes, strict=True)
     )
     input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
-    input_ids[:, 0] = step.anchors
+    input_ids[:, 0] = anchors
     return BlockInputs(
         input_ids=input_ids.flatten(),
         positions=positions.flatten(),

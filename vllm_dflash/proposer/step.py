@@ -16,6 +16,21 @@ PADDING_SLOT = -1
 
 
 @dataclass(frozen=True)
+class AnchorSource:
+    """Where a runner keeps its requests' tokens by row of its state, for anchors that nobody has gathered yet."""
+
+    state_index: torch.Tensor  # [R] row of each request in the state of S rows
+    num_sampled: torch.Tensor  # [R] 0: the request is in mid-prefill
+    last_sampled: torch.Tensor  # [S, 1]
+    next_prompt_token: torch.Tensor  # [S]
+
+    def gather(self) -> torch.Tensor:
+        """The anchors [R]: the token just sampled, or in mid-prefill the next prompt token."""
+        sampled = self.last_sampled.flatten()[self.state_index]
+        return torch.where(self.num_sampled > 0, sampled, self.next_prompt_token[self.state_index])
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """What a runner knows after the target ran and its tokens were sampled.
 
@@ -28,9 +43,8 @@ class StepInputs:
     query_start_loc: torch.Tensor  # [R+1] first row of each request
     seq_lens: torch.Tensor  # [R] context rows in the cache after this step, rejected rows included
     num_rejected: torch.Tensor | None  # [R]; None: no row was rejected
-    anchors: (
-        torch.Tensor
-    )  # [R] the token after the context; of a request in mid-prefill any token, its drafts are dropped
+    # [R] the token after the context; of a request in mid-prefill any token, since its drafts are dropped
+    anchors: torch.Tensor | AnchorSource
     block_tables: tuple[torch.Tensor, ...]  # G tensors [R, blocks per request]
     max_seq_len: int  # upper bound of seq_lens, known on the host
     seq_lens_upper_bound: torch.Tensor | None = None  # [R] on the host; the same bound for each request
@@ -41,7 +55,7 @@ class ContextRows:
     """Where the T target rows go in the draft layers' caches. Rejected rows have padding slots."""
 
     positions: torch.Tensor  # [T]
-    slot_mappings: tuple[torch.Tensor, ...]  # G tensors [T]
+    slot_mappings: torch.Tensor  # [G, T]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ def choose_anchors(
     The first possible anchor is the first response token, position `prompt_length`; the last is the last token but
     one, since a block must have at least one token to predict. Where a sequence has fewer, the rest is invalid (at 0).
     """
-    positions = torch.arange(max(int(lengths.max()), count))  # [S]
+    positions = torch.arange(max(int(lengths.max()), count), device=lengths.device)  # [S]
     allowed = (positions >= prompt_lengths[:, None]) & (positions <= lengths[:, None] - 2)  # [B, S]
-    scores = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1.0)
+    scores = torch.rand(allowed.shape, generator=generator, device=generator.device).to(allowed.device)
+    scores = scores.masked_fill(~allowed, -1.0)
     best, anchors = scores.topk(count, dim=1)
     valid = best >= 0
     return anchors.masked_fill(~valid, 0), valid
@@ -39,7 +40,7 @@ def block_positions(
     block_size: int,
 ) -> Tensor:
     """Positions of all block rows [B, N*Q]: a block at anchor n stands at n .. n+K."""
-    return (anchors[..., None] + torch.arange(block_size)).flatten(1)
+    return (anchors[..., None] + torch.arange(block_size, device=anchors.device)).flatten(1)
 
 
 def block_token_ids(
@@ -49,7 +50,7 @@ def block_token_ids(
     mask_token_id: int,
 ) -> Tensor:
     """Tokens of all block rows [B, N*Q]: the anchor's own token, then K masks."""
-    blocks = torch.full((*anchors.shape, block_size), mask_token_id)
+    blocks = token_ids.new_full((*anchors.shape, block_size), mask_token_id)
     blocks[..., 0] = token_ids.gather(1, anchors)
     return blocks.flatten(1)
 
@@ -62,7 +63,7 @@ def block_labels(
     block_size: int,
 ) -> Tensor:
     """What rows 1..K are to predict [B, N, K]: tokens n+1 .. n+K; IGNORED past the end and in invalid blocks."""
-    positions = anchors[..., None] + torch.arange(1, block_size)  # [B, N, K]
+    positions = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)  # [B, N, K]
     known = (positions < lengths[:, None, None]) & valid[..., None]
     inside = positions.clamp(max=token_ids.shape[1] - 1)
     return token_ids.gather(1, inside.flatten(1)).view_as(positions).masked_fill(~known, IGNORED)

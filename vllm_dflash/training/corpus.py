@@ -51,21 +51,25 @@ def is_held_out(path: str) -> bool:
     return int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < HELD_OUT_PER_MILLE
 
 
-def load_documents(root: Path) -> list[Document]:
-    """Read every usable `*.py` under `root`, sorted by path, exact duplicates dropped.
+def load_documents(root: Path, max_characters: float = float("inf")) -> list[Document]:
+    """Read every usable `*.py` under `root`, sorted by path, exact duplicates dropped, until `max_characters` are read.
 
     Raises ValueError when `root` holds no Python file.
     """
     documents: list[Document] = []
     seen: set[str] = set()
+    characters = 0
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()
         if SKIPPED_PARTS & set(path.split("/")):
             continue
+        if characters >= max_characters:
+            break
         for text in _texts(file, path):
             if text not in seen:
                 seen.add(text)
                 documents.append(Document(path, text, is_held_out(path)))
+                characters += len(text)
     if not documents:
         raise ValueError(f"--corpus {root}: no usable .py file there")
     return documents

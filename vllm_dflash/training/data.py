@@ -29,6 +29,10 @@ class Batch:
     prompt_lengths: Tensor  # [B]
     lengths: Tensor  # [B]: prompt and response
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.token_ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
+
 
 def batches(
     responses: Sequence[Response], buckets: Sequence[int], batch_tokens: int, rng: random.Random

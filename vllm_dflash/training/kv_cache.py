@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -40,7 +39,7 @@ class RoomyLayer(DynamicLayer):
 
     def _move(self, like: Tensor, held: int) -> None:
         batch, heads, _, head_dim = like.shape
-        self.room = [torch.empty(batch, heads, self.capacity, head_dim, dtype=like.dtype) for _ in range(2)]
+        self.room = [like.new_empty(batch, heads, self.capacity, head_dim) for _ in range(2)]
         if held:
             self.room[0][:, :, :held], self.room[1][:, :, :held] = self.keys, self.values
 

@@ -25,7 +25,7 @@ def block_loss(
     gamma: float,
 ) -> Tensor:
     """Weighted mean cross-entropy in nats over the rows that have a label; 0 when none has."""
-    weights = position_weights(labels.shape[-1], gamma) * (labels != IGNORED)  # [..., K]
+    weights = position_weights(labels.shape[-1], gamma).to(labels.device) * (labels != IGNORED)  # [..., K]
     losses = nn.functional.cross_entropy(
         logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )

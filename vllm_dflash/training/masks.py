@@ -26,7 +26,8 @@ def block_mask(
     """
     batch, blocks = anchors.shape
     row_anchors = anchors.repeat_interleave(block_size, dim=1)  # [B, N*Q]
-    sees_context = torch.arange(context_length) < row_anchors[..., None]  # [B, N*Q, T]
-    block_of_row = torch.arange(blocks).repeat_interleave(block_size)  # [N*Q]
+    positions = torch.arange(context_length, device=anchors.device)
+    sees_context = positions < row_anchors[..., None]  # [B, N*Q, T]
+    block_of_row = torch.arange(blocks, device=anchors.device).repeat_interleave(block_size)  # [N*Q]
     same_block = block_of_row[:, None] == block_of_row  # [N*Q, N*Q]
     return torch.cat((sees_context, same_block.expand(batch, -1, -1)), dim=2).unsqueeze(1)

@@ -52,12 +52,13 @@ def regenerate(
 ) -> Iterator[Response]:
     """Answer prompts, batch by batch in random order, until `settings.tokens` are written or the prompts run out."""
     rng = random.Random(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
+    device = next(target.parameters()).device
+    generator = torch.Generator(device).manual_seed(settings.seed)
     written, started = 0, time.monotonic()
     for number, batch in enumerate(equal_length_batches(prompts, settings.batch, rng)):
         sampled = rng.random() < settings.sampled_share
         temperature = round(rng.uniform(*settings.temperatures), 2) if sampled else 0.0
-        prompt_ids = torch.tensor([prompt.prompt_token_ids for prompt in batch])
+        prompt_ids = torch.tensor([prompt.prompt_token_ids for prompt in batch], device=device)
         for prompt, ids in zip(
             batch, generate(target, prompt_ids, settings.max_new_tokens, temperature, end_ids, generator), strict=True
         ):
@@ -95,9 +96,9 @@ def generate(
 ) -> list[list[int]]:
     """Decode a batch with a KV cache; each row ends after its first end token (kept) or at `max_new_tokens`."""
     cache = roomy_cache(target.config.num_hidden_layers, prompt_ids.shape[1] + max_new_tokens)
-    ends = torch.tensor(end_ids)
-    written = torch.full((len(prompt_ids), max_new_tokens), end_ids[0])  # [B, max_new_tokens]
-    active = torch.arange(len(prompt_ids))  # rows still being decoded
+    ends = prompt_ids.new_tensor(end_ids)
+    written = prompt_ids.new_full((len(prompt_ids), max_new_tokens), end_ids[0])  # [B, max_new_tokens]
+    active = torch.arange(len(prompt_ids), device=prompt_ids.device)  # rows still being decoded
     ids = prompt_ids
     for step in range(max_new_tokens):
         logits = target(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

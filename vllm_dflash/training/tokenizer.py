@@ -45,14 +45,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int = MAX_LENGTH) -> None:
     """Write `tokenizer.json` (compact) and `tokenizer_config.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     compact = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
     (folder / "tokenizer.json").write_text(compact, encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": max_length,
         "eos_token": IM_END,
         "pad_token": END_OF_TEXT,
         "mask_token": MASK,

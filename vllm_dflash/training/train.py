@@ -87,8 +87,9 @@ def draft_batch(
         batch.prompt_lengths, batch.lengths, padded // settings.tokens_per_anchor, generator
     )  # [B, N]
     block_ids = block_token_ids(batch.token_ids, anchors, settings.block_size, mask_token_id)
-    context_positions = torch.arange(padded).expand(len(anchors), -1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    device = batch.token_ids.device
+    context_positions = torch.arange(padded, device=device).expand(len(anchors), -1)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         hidden = draft(
             position_ids=torch.cat((context_positions, block_positions(anchors, settings.block_size)), dim=1),
             noise_embedding=target.get_input_embeddings()(block_ids).float(),

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's V2 model runner with this package's speculator: same token ids, same rounds as the oracle.
+
+Without a GPU all of it, vLLM's kernels and this package's, runs in Triton's interpreter: about 0.2 s a step, so batches
+are small and texts short.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS, MAX_TOKENS = 8, 64
+BASE = {"model": str(TARGET), "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8}
+RUN = {"max_tokens": MAX_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return held_out_prompts(NUM_PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def plain(prompts, tmp_path_factory):
+    """vLLM without speculation, on the V1 runner: one request after the other."""
+    run = RUN | {"name": "alone", "prompts": prompts, "concurrent": False}
+    return run_engine(tmp_path_factory.mktemp("plain"), BASE, [run])["alone"].token_ids
+
+
+@pytest.fixture(scope="module")
+def v1(prompts, tmp_path_factory):
+    """This package on the V1 runner."""
+    run = RUN | {"name": "v1", "prompts": prompts}
+    return run_engine(tmp_path_factory.mktemp("v1"), BASE | dflash(), [run])["v1"]
+
+
+@pytest.fixture(scope="module")
+def v2(prompts, tmp_path_factory):
+    """This package on the V2 runner: a batch, then the same prompts from the prefix cache."""
+    runs = [RUN | {"name": name, "prompts": prompts} for name in ("batched", "cached")]
+    llm = BASE | dflash() | {"enable_prefix_caching": True, "block_size": 32}
+    return run_engine(tmp_path_factory.mktemp("v2"), llm, runs, runner="V2")
+
+
+@pytest.fixture(scope="module")
+def oracle(prompts):
+    """Every round's acceptance length of plain `spec_generate` on Transformers, fp32."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_dflash.hf import DFlashDraftModel
+
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    draft = DFlashDraftModel.from_pretrained(str(DRAFTER), dtype=torch.float32).eval()
+    return [
+        draft.spec_generate(
+            input_ids=torch.tensor([prompt]), target=target, max_new_tokens=MAX_TOKENS, return_stats=True
+        ).acceptance_lengths
+        for prompt in prompts
+    ]
+
+
+def drafted(run) -> bool:
+    """Guards against a vacuous pass: many tokens must have come from accepted drafts."""
+    return run.counters["vllm:spec_decode_num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 3
+
+
+def test_same_tokens_as_without_speculation(v2, plain):
+    assert drafted(v2["batched"])
+    assert v2["batched"].token_ids == plain
+
+
+def test_same_tokens_as_on_v1(v2, v1):
+    assert v2["batched"].token_ids == v1.token_ids
+
+
+def test_same_rounds_as_the_oracle(v2, oracle):
+    for index, (steps, rounds) in enumerate(zip(v2["batched"].step_lengths, oracle, strict=True)):
+        # vLLM's first step is the prefill's own token; its last round is cut at max_tokens.
+        assert steps[1:-1] == rounds[:-1], f"prompt {index}"
+
+
+def test_prefix_cache_hit(v2, plain):
+    """Cached prompts bring the draft layers' K/V along."""
+    assert v2["cached"].counters["vllm:prefix_cache_hits"] > 0
+    assert v2["cached"].token_ids == plain
+    assert v2["cached"].acceptance_length == pytest.approx(v2["batched"].acceptance_length, rel=0.02)
+
+
+def test_chunked_prefill(prompts, plain, oracle, tmp_path):
+    """Prompts in pieces of at most 24 rows, mixed with decoding requests; the rounds stay the oracle's."""
+    run = RUN | {"name": "chunked", "prompts": prompts[:4]}
+    llm = BASE | dflash() | {"max_num_batched_tokens": 40, "max_num_seqs": 2, "enable_prefix_caching": False}
+    chunked = run_engine(tmp_path, llm, [run], runner="V2")["chunked"]
+    assert chunked.token_ids == plain[:4]
+    for steps, rounds in zip(chunked.step_lengths, oracle[:4], strict=True):
+        # A short prompt's first block may be cut by the token budget, later ones are whole.
+        assert sum(steps) == MAX_TOKENS
+        assert max(steps) > 1 or max(rounds) == 1
+
+
+@pytest.mark.parametrize("extra", [{"draft_sample_method": "probabilistic"}, {"rejection_sample_method": "block"}])
+def test_other_samplers_are_lossless(extra, prompts, plain, tmp_path):
+    """Draft probabilities handed to the rejection sampler, and block verification: at temperature 0, the same text."""
+    run = RUN | {"name": "run", "prompts": prompts[:4]}
+    got = run_engine(tmp_path, BASE | dflash(**extra), [run], runner="V2")["run"]
+    assert got.token_ids == plain[:4]
+    assert got.counters["vllm:spec_decode_num_accepted_tokens"] > 0

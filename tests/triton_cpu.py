@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter on a machine without a GPU: the same kernels, run slowly by numpy.
+
+Triton only runs with an active GPU driver, and vLLM hides Triton where it finds none. `install()` makes both of them
+content. It comes before vLLM and Triton are imported, since both decide at import, so it needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+
+class StandInDriver:
+    """All that vLLM and Triton ask of a driver before the interpreter takes over."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cpu", 0, 0)
+
+
+def install() -> None:
+    """Have `vllm.triton_utils` yield the real Triton, and `triton.jit` interpret. Safe to call again.
+
+    The setting is inherited by child processes, the driver is not: a spawned one calls `install()` itself.
+    """
+    if _is_installed():
+        return
+    if late := [name for name in ("vllm", "triton") if name in sys.modules]:
+        raise RuntimeError(
+            f"{' and '.join(late)} imported before tests.triton_cpu.install(), so Triton cannot be set up for the CPU "
+            "any more. The tests of tests/kernels need a process of their own: use `make test`, or "
+            "`pytest tests/kernels` alone."
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import Backend, backends
+
+    backends["cpu"] = Backend(compiler=None, driver=StandInDriver)
+
+
+def _is_installed() -> bool:
+    # Not by importing triton: that would itself decide how its functions are compiled.
+    module = sys.modules.get("triton.backends")
+    backend = getattr(module, "backends", {}).get("cpu")
+    return backend is not None and backend.driver.__name__ == StandInDriver.__name__

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which batch sizes get CUDA graphs.
+
+Patch: `VllmConfig._set_cudagraph_sizes`. Reason: vLLM stops capturing at 512 rows (1024 on Blackwell), and a decode
+step with drafts has K+1 rows a request, so that a batch of more than 32 requests at K=15 falls out of the graphs.
+Added: an engine of ours captures up to max_num_seqs * (K+1) rows, unless the user chose sizes. Removable when vLLM's
+default counts requests.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from vllm_dflash.compat import patching
+from vllm_dflash.compat.ownership import drafts_here
+from vllm_dflash.logs import logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: Neighbouring sizes differ by at most 1/16: a batch between them is padded, and above some hundred rows each padding
+#: row costs as much as a real one.
+_FINENESS = 16
+
+
+def install(config: ModuleType) -> None:
+    """Patch `vllm.config.vllm`."""
+    patching.replace(config.VllmConfig, "_set_cudagraph_sizes", set_cudagraph_sizes)
+
+
+def set_cudagraph_sizes(self: VllmConfig) -> None:
+    """vLLM's method, then the sizes up to a full batch of an engine of ours. Same signature."""
+    from vllm.config import VllmConfig
+
+    compilation = self.compilation_config
+    chosen_by_user = (
+        compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
+    )
+    compile_sizes = compilation.compile_sizes
+    patching.original(VllmConfig, "_set_cudagraph_sizes")(self)
+    if chosen_by_user or not compilation.cudagraph_capture_sizes or not drafts_here(self):
+        return
+    scheduler, num_query_rows = self.scheduler_config, self.uniform_decode_query_len
+    full_batch, limit = scheduler.max_num_seqs * num_query_rows, scheduler.max_num_batched_tokens
+    if full_batch > limit:
+        logger.warning(
+            "vllm_dflash: a full batch of --max-num-seqs %d has %d rows (%d a request), more than "
+            "--max-num-batched-tokens %d: steps of more than %d requests are not scheduled whole and run outside of "
+            "CUDA graphs. Raise --max-num-batched-tokens or lower --max-num-seqs",
+            scheduler.max_num_seqs, full_batch, num_query_rows, limit, limit // num_query_rows,
+        )  # fmt: skip
+    sizes = {
+        count * num_query_rows for count in request_counts(scheduler.max_num_seqs) if count * num_query_rows <= limit
+    }
+    compilation.cudagraph_capture_sizes = sorted(sizes | set(compilation.cudagraph_capture_sizes))
+    compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
+    compilation.compile_sizes = compile_sizes  # may name the capture sizes, which vLLM then spells out
+    compilation.post_init_cudagraph_sizes()
+
+
+def request_counts(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: every one up to 32, then in steps of a sixteenth, and the largest.
+
+    Example: 40 gives 1, 2, ..., 32, 34, 36, 38, 40.
+    """
+    counts, count = [], 1
+    while count < max_num_seqs:
+        counts.append(count)
+        count += max(1, count // _FINENESS)
+    return [*counts, max_num_seqs]

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter to the V2 model runner (`vllm/v1/worker/gpu/model_runner.py`).
+
+A decode step of the drafter is one CUDA graph: the adapter writes the step's rows into fixed memory and replays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import KVCacheConfig, get_kv_cache_spec_sliding_window
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_dflash.compat.draft_attention import DraftAttention
+from vllm_dflash.compat.draft_graphs import DraftGraphs
+from vllm_dflash.compat.draft_loading import announce, load_draft_model
+from vllm_dflash.config import DFlashConfig
+from vllm_dflash.logs import logger
+from vllm_dflash.model_executor.draft_model import DFlashDraftModel
+from vllm_dflash.model_executor.target_features import check_target
+from vllm_dflash.proposer import AnchorSource, BlockInputs, DFlashProposer, Drafts, StepInputs
+from vllm_dflash.proposer.sampling import greedy_drafts, mask_rows
+from vllm_dflash.proposer.staging import StagedStep, StagingLimits
+
+
+class V2Adapter(DraftModelSpeculator):
+    """What the V2 runner takes for its speculator: translates its calls for `DFlashProposer` and back."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        _refuse_unsupported(vllm_config)
+        super().__init__(vllm_config, device)
+        draft_config = self.draft_model_config
+        self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
+        self.num_query_per_req = 1 + self.num_speculative_steps
+        self.graphs: DraftGraphs | None = None
+        self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
+
+    # Start-up, in the order the runner calls.
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> DFlashDraftModel:
+        """Build and load the drafter."""
+        check_target(target_model)
+        model = load_draft_model(self.vllm_config, self.dflash, target_model)
+        self.proposer = DFlashProposer(
+            model, self.vllm_config, self._sample_with_logits if self._needs_logits else greedy_drafts
+        )
+        announce(self.dflash, "V2", self.num_speculative_steps)
+        return model
+
+    def set_attn(
+        self,
+        model_state: Any,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        target_input_buffers: InputBuffers,
+        target_attn_groups: list[list[AttentionGroup]],
+    ) -> None:
+        """Learn which KV-cache groups hold the draft layers, and make their metadata builders."""
+        super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
+        kernel_block_sizes = [groups[0].kernel_block_size if groups else None for groups in self.attn_groups]
+        attention = DraftAttention(self.model, self.vllm_config, kv_cache_config, self.device, kernel_block_sizes)
+        # The runner reads its speculator's groups by KV-cache group.
+        self.attn_groups: list[list[AttentionGroup]] = [
+            [group for group in attention.groups if group.kv_cache_group_id == gid]
+            for gid in range(len(kv_cache_config.kv_cache_groups))
+        ]
+        _schedule_windows_at_run_time(attention.groups)
+        self._configure_decode_metadata_update()
+        self.attention = attention
+        self.proposer.bind_caches(attention.group_of_layer, attention.block_sizes)
+        self.staged = StagedStep(
+            StagingLimits(self.max_num_reqs, self.num_query_per_req, self._max_context_rows(), self.max_model_len),
+            [block_tables.input_block_tables[gid] for gid in attention.gids],
+            attention.block_sizes,
+            self.dflash.mask_token_id,
+            self.device,
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Choose the draft's graph mode: FULL graphs, or none."""
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        if full and self.attn_cg_support.min_cg_support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+            logger.warning(
+                "vllm_dflash: the attention backend %s cannot run in CUDA graphs, so drafting runs eagerly; set "
+                "--attention-backend to another one",
+                self.attn_cg_support.min_cg_attn_backend,
+            )
+            full = False
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
+        self.graphs = DraftGraphs(self.vllm_config, self.device, mode, self.num_query_per_req)
+
+    def capture(self) -> None:
+        """Capture the drafting step at every batch size."""
+        assert self.graphs is not None
+        self.staged.write_idle()
+        self.idx_mapping.fill_(-1)
+        self.graphs.capture_steps(self._prepare_capture)
+
+    def _prepare_capture(self, num_reqs: int) -> Callable[[], None]:
+        """The step of `num_reqs` requests over the staged rows."""
+        num_context_rows = self._num_graph_context_rows(num_reqs)
+        features = self._graph_features()[:num_context_rows]
+        rows = self.staged.context_rows(0, num_context_rows)
+        block = self.staged.block(num_reqs, self.max_model_len)
+        metadata = self.attention.build(block, lambda group, common: group.build_metadata_for_cudagraph_capture(common))
+        num_tokens_across_dp = self._same_on_every_dp_rank(num_reqs * self.num_query_per_req)
+
+        def step() -> None:
+            if self.supports_decode_metadata_update:
+                self._update_draft_decode_metadata(metadata, num_reqs)
+            drafts = self.proposer.run(features, rows, block, metadata, num_tokens_across_dp)
+            self._keep(drafts)
+
+        return step
+
+    # A step.
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,  # [T, H]
+        aux_hidden_states: list[torch.Tensor] | None,  # F tensors [>= T, H]
+        num_sampled: torch.Tensor,  # [R]
+        num_rejected: torch.Tensor,  # [R]
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1]
+        next_prefill_tokens: torch.Tensor,  # [lookahead, max_num_reqs]
+        temperature: torch.Tensor,  # [max_num_reqs]
+        seeds: torch.Tensor,  # [max_num_reqs]
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft tokens [R, K]. Called by the runner after sampling."""
+        assert aux_hidden_states, "the target returned no hidden states of inner layers"
+        num_reqs, num_rows = input_batch.num_reqs, input_batch.num_tokens
+        if skip_attn_for_dummy_run:
+            return self._profile(aux_hidden_states, num_reqs, num_rows)
+        if self._needs_logits:
+            self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run)
+        step = StepInputs(
+            features=last_hidden_states,  # not read: the tapped states are side by side only where they are used
+            positions=input_batch.positions[:num_rows],
+            query_start_loc=input_batch.query_start_loc,
+            seq_lens=input_batch.seq_lens,
+            num_rejected=num_rejected,
+            anchors=AnchorSource(input_batch.idx_mapping, num_sampled, last_sampled, next_prefill_tokens[0]),
+            block_tables=self.staged.block_tables,
+            max_seq_len=int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max()),
+        )
+        desc, sync = self._dispatch(num_reqs, dp_sync_state, is_profile)
+        num_reqs_padded = desc.num_reqs if desc.cg_mode == CUDAGraphMode.FULL and desc.num_reqs else num_reqs
+        in_graph = self._num_graph_context_rows(num_reqs_padded) if desc.cg_mode == CUDAGraphMode.FULL else 0
+        max_query_len = int(input_batch.num_scheduled_tokens.max())
+        self.staged.write(step, max_query_len, num_reqs_padded, max(num_rows, in_graph))
+        if dummy_run:
+            self.staged.write_nothing()
+        if num_speculative_tokens == 0:
+            self._inject_from(aux_hidden_states, 0, num_rows)
+        elif desc.cg_mode == CUDAGraphMode.FULL:
+            self._replay(desc, input_batch, aux_hidden_states, step.max_seq_len, in_graph)
+        else:
+            self._inject_from(aux_hidden_states, 0, num_rows)
+            block = self._block(input_batch, num_reqs, step.max_seq_len)
+            num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
+            self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
+        return self.draft_tokens[:num_reqs]
+
+    def _replay(
+        self,
+        desc: BatchExecutionDescriptor,
+        input_batch: InputBatch,
+        aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
+        max_seq_len: int,
+        num_graph_rows: int,
+    ) -> None:
+        """Run the captured step. Context rows beyond the graph's, a prefill's, are injected first."""
+        assert self.graphs is not None and desc.num_reqs is not None
+        num_rows = input_batch.num_tokens
+        self._inject_from(aux_hidden_states, num_graph_rows, num_rows)
+        inside = min(num_rows, num_graph_rows)
+        torch.cat([states[:inside] for states in aux_hidden_states], dim=-1, out=self._graph_features()[:inside])
+        if not self.supports_decode_metadata_update:
+            # Some builders keep what the graph reads in buffers of their own, which this fills.
+            self._build_metadata(self._block(input_batch, desc.num_reqs, max_seq_len))
+        self.graphs.run_fullgraph(desc)
+
+    def _inject_from(
+        self,
+        aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
+        start: int,
+        end: int,
+    ) -> None:
+        """Inject context rows start..end-1 outside of a graph."""
+        if start < end:
+            features = torch.cat([states[start:end] for states in aux_hidden_states], dim=-1)
+            self.proposer.inject(features, self.staged.context_rows(start, end))
+
+    def _block(self, input_batch: InputBatch, num_reqs: int, max_seq_len: int) -> BlockInputs:
+        num_query_rows = self.num_query_per_req
+        bound = torch.zeros(num_reqs, dtype=torch.int32)
+        real = input_batch.num_reqs
+        bound[:real] = (input_batch.seq_lens_cpu_upper_bound[:real] + num_query_rows).clamp(max=self.max_model_len)
+        return self.staged.block(num_reqs, min(max_seq_len + num_query_rows, self.max_model_len), bound)
+
+    def _build_metadata(self, block: BlockInputs) -> dict[str, Any]:
+        return self.attention.build(block, lambda group, common: group.build_metadata(common))
+
+    def _dispatch(
+        self, num_reqs: int, dp_sync_state: DPSyncState | None, eager: bool
+    ) -> tuple[BatchExecutionDescriptor, DPSyncState | None]:
+        """Which graph, if any. Under data parallelism all ranks take the same one, agreed on with the target's."""
+        num_tokens, sync = num_reqs * self.num_query_per_req, None
+        if dp_sync_state is not None:
+            sync, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_reqs, self.num_query_per_req)
+        return dispatch_cg_and_sync_dp(
+            self.graphs,
+            num_reqs,
+            num_tokens,
+            uniform_token_count=self.num_query_per_req,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=eager,
+            dp_sync_state=sync,
+        )
+
+    def _profile(
+        self,
+        aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
+        num_reqs: int,
+        num_rows: int,
+    ) -> torch.Tensor:
+        """The arithmetic of a step before there are caches: for memory profiling."""
+        features = torch.cat([states[:num_rows] for states in aux_hidden_states], dim=-1)
+        zeros = torch.zeros(max(num_rows, num_reqs * self.num_query_per_req), dtype=torch.int64, device=self.device)
+        num_query_rows = num_reqs * self.num_query_per_req
+        block = BlockInputs(
+            input_ids=zeros[:num_query_rows].int(),
+            positions=zeros[:num_query_rows],
+            slot_mappings=(),
+            query_start_loc=torch.arange(num_reqs + 1, device=self.device) * self.num_query_per_req,
+            seq_lens=zeros[:num_reqs],
+            num_query_rows=self.num_query_per_req,
+            block_tables=(),
+            max_seq_len=self.num_query_per_req,
+        )
+        self._keep(
+            self.proposer.profile(features, zeros[:num_rows], block, self._same_on_every_dp_rank(num_query_rows))
+        )
+        return self.draft_tokens[:num_reqs]
+
+    # Sampling.
+
+    @property
+    def _needs_logits(self) -> bool:
+        """Whether more than the likeliest tokens is asked for: draft probabilities, or estimates from them."""
+        return self.draft_logits is not None or self.use_acceptance_estimator
+
+    def _sample_with_logits(
+        self,
+        model: DFlashDraftModel,
+        hidden_states: torch.Tensor,  # [R*Q, H]
+        block: BlockInputs,
+    ) -> Drafts:
+        """Drafts sampled at each request's temperature; their logits stay for the rejection sampler."""
+        rows = mask_rows(hidden_states, block.num_query_rows)
+        positions = block.positions.view(-1, block.num_query_rows)
+        num_reqs, num_drafts = positions.shape[0], block.num_query_rows - 1
+        tokens = self.sample_draft(
+            rows,
+            positions[:, :-1].flatten(),  # a draw is keyed by the position before the token's
+            self.idx_mapping[:num_reqs].repeat_interleave(num_drafts),
+            self.temperature,
+            self.seeds,
+            torch.arange(num_drafts, dtype=torch.int32, device=self.device).repeat(num_reqs),
+            self.draft_logits,
+        )
+        return Drafts(tokens.view(num_reqs, num_drafts))
+
+    def compute_draft_logits(
+        self,
+        hidden_states: torch.Tensor,  # [N, H]
+        spec_step_idx: int,
+    ) -> torch.Tensor:
+        """Logits over the target's vocabulary, [N, V]; tokens outside a reduced draft vocabulary get -inf."""
+        return self.model.to_target_logits(self.model.compute_logits(hidden_states))
+
+    # Sizes.
+
+    def _keep(self, drafts: Drafts) -> None:
+        self.draft_tokens[: drafts.token_ids.shape[0]].copy_(drafts.token_ids)
+
+    def _max_context_rows(self) -> int:
+        return max(self.max_num_tokens, self._num_graph_context_rows(self.max_num_reqs))
+
+    def _num_graph_context_rows(self, num_reqs: int) -> int:
+        """Context rows of a graph of `num_reqs` requests: a whole verification each."""
+        return min(num_reqs * self.num_query_per_req, self.max_num_tokens)
+
+    def _graph_features(self) -> torch.Tensor:
+        """Fixed memory for the context features of the largest graph, made when it is first needed."""
+        if self.features is None:
+            largest = self.vllm_config.compilation_config.max_cudagraph_capture_size // self.num_query_per_req
+            num_rows = self._num_graph_context_rows(min(largest, self.max_num_reqs))
+            width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
+            self.features = torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)
+        return self.features
+
+    def _same_on_every_dp_rank(self, num_tokens: int) -> torch.Tensor | None:
+        return torch.full((self.dp_size,), num_tokens, dtype=torch.int32) if self.dp_size > 1 else None
+
+
+def _schedule_windows_at_run_time(groups: Sequence[AttentionGroup]) -> None:
+    """Keep FlashAttention from scheduling sliding-window draft layers ahead of the forward.
+
+    Its builder takes one window for all layers of the engine, the target's included, and knows no symmetric window.
+    """
+    for group in groups:
+        builder = group.get_metadata_builder()
+        if hasattr(builder, "aot_schedule") and get_kv_cache_spec_sliding_window(builder.kv_cache_spec):
+            builder.aot_schedule = False
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Options of vLLM's that the V2 adapter cannot honour. Raises ValueError naming the flag."""
+    parallel = vllm_config.parallel_config
+    for flag, size in (
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            raise ValueError(f"vllm_dflash does not draft with {flag} {size}: set it to 1")

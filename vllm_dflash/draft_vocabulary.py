@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens a drafter may draft, when it is to read only part of the LM head. Torch-free.
+
+A token left out can never be drafted, so a block ends before it; verification still yields it. Frequency is what
+counts: a few tens of thousands of tokens make up nearly all of a text (FR-Spec, arXiv 2502.14856).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+#: Text -> token ids.
+Encode = Callable[[str], Iterable[int]]
+
+
+def choose_draft_vocabulary(
+    size: int, vocab_size: int, file: str | None, required: Iterable[int], encode: Callable[[], Encode]
+) -> list[int]:
+    """The chosen token ids, ascending: the required ones, then the most frequent ones.
+
+    Without a file, and where it names too few, ids count up from 0: in a BPE vocabulary the earliest merges, which are
+    the commonest, have the lowest ids. `encode` makes a tokenizer, and is only called for a file of text.
+    Raises ValueError naming the file and line, or the size.
+    """
+    if size > vocab_size:
+        raise ValueError(
+            f'--additional-config\'s "dflash": "draft_vocab_size" = {size}, but the target has {vocab_size} tokens'
+        )
+    chosen = dict.fromkeys(token for token in required if 0 <= token < vocab_size)
+    ranked = _ranked(Path(file), vocab_size, encode) if file is not None else []
+    for token in (*ranked, *range(vocab_size)):
+        if len(chosen) >= size:
+            break
+        chosen[token] = None
+    return sorted(list(chosen)[:size])
+
+
+def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> list[int]:
+    """Token ids of a file, most frequent first. Ties in the order of first appearance."""
+    if file.suffix == ".json":
+        tokens = _frequency_list(file)
+    else:
+        tokens = [token for token, _ in _counts(file, encode).most_common()]
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"{file}: token id {token!r} is not in the target's vocabulary of {vocab_size}")
+    return tokens
+
+
+def _frequency_list(file: Path) -> list[int]:
+    """A JSON list of token ids, most frequent first, or an object of counts by token id."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and all(key.isdigit() and isinstance(count, int) for key, count in content.items()):
+        return [int(key) for key in sorted(content, key=lambda key: -content[key])]
+    raise ValueError(f"{file}: expected a list of token ids, most frequent first, or an object of counts by token id")
+
+
+def _counts(file: Path, encode: Callable[[], Encode]) -> Counter[int]:
+    """How often each token stands in a corpus: JSON lines with `token_ids` or `text`, or plain text."""
+    counts: Counter[int] = Counter()
+    to_ids: Encode | None = None
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            content = _line(file, number, line) if file.suffix == ".jsonl" else line
+            if isinstance(content, str):
+                to_ids = to_ids or encode()
+                content = list(to_ids(content))
+            counts.update(content)
+    return counts
+
+
+def _line(file: Path, number: int, line: str) -> str | list[int]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+    content = record.get("token_ids", record.get("text")) if isinstance(record, dict) else None
+    if not isinstance(content, str | list):
+        raise ValueError(f'{file}:{number}: expected an object with "token_ids" (a list) or "text" (a string)')
+    return content

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""A linear layer for few rows, as fast as its weights can be read: norm, scale, SwiGLU and residual in the same launch.
+
+With up to 64 rows a product costs what its weights cost to read once, so all else is arranged around that: every SM
+keeps enough reads in flight, the RMSNorm before and the residual after need no launch of their own, and where the
+device allows it the first weights are fetched while the kernel before still runs (pdl.py).
+
+A program multiplies BLOCK_N weight rows with all input rows, over one of SPLIT_K parts of K. The input is read again by
+each program that shares a part, so tall tiles and several parts keep that traffic small beside the weights. Of the
+programs that share a tile the last to arrive adds the parts up in their order: the result does not depend on who it is.
+
+Letters: M rows, N weight rows (output columns), K weight columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.nn import functional as F
+from vllm.triton_utils import tl, triton
+
+from vllm_dflash.kernels.pdl import pdl_options, prefetch_to_l2, release_successor, supports_pdl, wait_for_predecessor
+
+#: Programs that fill an H200 (132 SMs) once.
+_FULL_GRID = 120
+#: Tiles of one launch that can share their counters.
+_MAX_TILES = 1 << 16
+_PREFETCH_CHUNK = 256  # bytes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up. The bytes in flight on an SM are about num_stages * block_n * block_k * weight bytes."""
+
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    # Which operand of the matrix product the weights are. On the left they go from shared memory to Hopper's tensor
+    # cores directly, 64 rows at a time. On the right they pass through registers, as converting them from FP8 asks for.
+    weights_left: bool = True
+    prefetch_k: int = 512  # columns of every weight row that are fetched ahead of the wait for the predecessor
+    # Steps of block_k before the last one ends at which the successor may start. Released earlier, what it prefetches
+    # would be pushed out of L2 again by the rest of this launch's weights.
+    release_steps: int = 4
+
+
+def choose_tile(num_rows: int, n: int, k: int, weight_dtype: torch.dtype) -> Tile:
+    """The tile for [num_rows, k] x [n, k]. Measured on an H200 with benchmarks/draft_kernels.py."""
+    if weight_dtype == torch.float32:
+        return Tile(block_n=32, block_k=32)
+    # 32 KiB of weights a stage, 256 bytes of each row.
+    block_n, block_k = 128, 256 // weight_dtype.itemsize
+    split_k = 1
+    while triton.cdiv(n, block_n) * split_k < _FULL_GRID and k >= 2 * split_k * 4 * block_k:
+        split_k *= 2
+    num_warps = 4 if weight_dtype.itemsize > 1 else 8
+    stages = 3 if num_rows <= 64 else 2
+    return Tile(block_n, block_k, split_k, num_warps, stages, weights_left=weight_dtype.itemsize > 1)
+
+
+def skinny_linear(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [N, K]; fp16, bf16, fp32 or float8_e4m3fn
+    *,
+    weight_scale: torch.Tensor | None = None,  # [N] fp32
+    norm_weight: torch.Tensor | None = None,  # [K]; RMSNorm of x before the product
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,  # [M, N]; added to the product
+    silu_and_mul: bool = False,  # the weight's halves are [gate; up]: silu(gate) * up
+    out: torch.Tensor | None = None,  # [M, N] or, with silu_and_mul, [M, N/2]; may be `residual`
+    tile: Tile | None = None,
+    use_pdl: bool | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T` with what stands around it, [M, N] or [M, N/2]. Products add up in fp32 and are rounded once.
+
+    An FP8 weight is multiplied as x's type, exactly, and its scale applied to the sum. Launches that overlap on several
+    streams of a device are not supported: they would share counters.
+    """
+    num_rows, k = x.shape
+    n = weight.shape[0]
+    out_columns = n // 2 if silu_and_mul else n
+    if out is None:
+        out = torch.empty((num_rows, out_columns), dtype=x.dtype, device=x.device)
+    _check(x, weight, weight_scale, norm_weight, residual, out, out_columns)
+    if num_rows == 0:
+        return out
+    tile = tile or choose_tile(num_rows, n, k, weight.dtype)
+    block_m = block_rows(num_rows)
+    tiles, row_tiles = triton.cdiv(n, tile.block_n), triton.cdiv(num_rows, block_m)
+    partial, squares, arrived = _split_buffers(tile, tiles * row_tiles, block_m, x.device)
+    _skinny_linear_kernel[(row_tiles, tiles, tile.split_k)](
+        x,
+        weight,
+        weight_scale,
+        norm_weight,
+        residual,
+        out,
+        partial,
+        squares,
+        arrived,
+        num_rows,
+        x.stride(0),
+        weight.stride(0),
+        residual.stride(0) if residual is not None else 0,
+        out.stride(0),
+        eps,
+        N=n,
+        K=k,
+        K_PART=triton.cdiv(triton.cdiv(k, tile.block_k), tile.split_k) * tile.block_k,
+        HAS_SCALE=weight_scale is not None,
+        HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None,
+        SILU_AND_MUL=silu_and_mul,
+        BLOCK_M=block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k,
+        WEIGHTS_LEFT=tile.weights_left,
+        PREFETCH=prefetch_bytes(weight, tile),
+        RELEASE_STEPS=tile.release_steps,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **pdl_options(use_pdl, x.device),
+    )
+    return out
+
+
+def block_rows(num_rows: int) -> int:
+    """Input rows that one program multiplies: all, up to 128."""
+    return min(128, max(16, triton.next_power_of_2(num_rows)))
+
+
+def prefetch_bytes(
+    weight: torch.Tensor,  # [N, K]
+    tile: Tile,
+) -> int:
+    """Bytes of each weight row to fetch ahead; 0 where the copy engine cannot: it moves multiples of 16 bytes."""
+    size = weight.element_size()
+    aligned = all(value * size % 16 == 0 for value in (weight.shape[1], weight.stride(0)))
+    wanted = min(tile.prefetch_k, triton.cdiv(weight.shape[1], tile.split_k)) * size
+    if not aligned or weight.data_ptr() % 16 or wanted < _PREFETCH_CHUNK or not supports_pdl(weight.device):
+        return 0
+    return 1 << (wanted.bit_length() - 1)
+
+
+def _check(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    weight_scale: torch.Tensor | None,  # [N]
+    norm_weight: torch.Tensor | None,  # [K]
+    residual: torch.Tensor | None,  # [M, N]
+    out: torch.Tensor,  # [M, N] or [M, N/2]
+    out_columns: int,
+) -> None:
+    num_rows, n = x.shape[0], weight.shape[0]
+    check_operands(x, weight, weight_scale, norm_weight)
+    assert out.shape == (num_rows, out_columns) and out.stride(1) == 1, f"{tuple(out.shape)}, strides {out.stride()}"
+    if out_columns != n:
+        assert n % 2 == 0 and residual is None, "silu_and_mul halves the columns and takes no residual"
+    if residual is not None:
+        assert residual.shape == (num_rows, n) and residual.stride(1) == 1, f"{tuple(residual.shape)}"
+    # Other programs still read x when the first one writes.
+    assert num_rows == 0 or out.data_ptr() != x.data_ptr(), "out must not be x"
+
+
+def check_operands(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    weight_scale: torch.Tensor | None,  # [N]
+    norm_weight: torch.Tensor | None,  # [K]
+) -> None:
+    """What every product here asks of its operands."""
+    k, n = x.shape[1], weight.shape[0]
+    assert weight.shape == (n, k), f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+    assert x.stride(1) == 1 and weight.stride(1) == 1, f"strides {x.stride()}, {weight.stride()}"
+    assert weight.dtype in (x.dtype, torch.float8_e4m3fn), f"x is {x.dtype}, weight {weight.dtype}"
+    if weight_scale is not None:
+        assert weight_scale.shape == (n,) and weight_scale.dtype == torch.float32 and weight_scale.is_contiguous()
+    if norm_weight is not None:
+        assert norm_weight.shape == (k,) and norm_weight.is_contiguous(), f"{tuple(norm_weight.shape)}"
+
+
+def _split_buffers(
+    tile: Tile, num_tiles: int, block_m: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Where programs that share a tile leave their part: products, sums of squares, and a counter for each tile."""
+    if tile.split_k == 1:
+        return None, None, None
+    assert num_tiles <= _MAX_TILES, f"{num_tiles} tiles"
+    parts = num_tiles * tile.split_k
+    partial = torch.empty(parts * tile.block_n * block_m, dtype=torch.float32, device=device)
+    return partial, torch.empty(parts * block_m, dtype=torch.float32, device=device), _counters(device)
+
+
+@cache
+def _counters(device: torch.device) -> torch.Tensor:
+    """Zeros that every launch leaves as zeros: clearing them by a launch of their own would cost as much as a norm."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("skinny_linear: run it once before it is captured in a CUDA graph")
+    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def weight_rows(
+    tile,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAIRED: tl.constexpr,  # half of a tile's rows are gate rows, the other half the up rows that belong to them
+):
+    """Rows of the weight in this tile, [BLOCK_N] int64. Past the end rows repeat: their sums are not stored."""
+    index = tl.arange(0, BLOCK_N)
+    if PAIRED:
+        row = tl.minimum(tile * (BLOCK_N // 2) + index % (BLOCK_N // 2), N // 2 - 1)
+        rows = tl.where(index < BLOCK_N // 2, row, row + N // 2)
+    else:
+        rows = tl.minimum(tile * BLOCK_N + index, N - 1)
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def prefetch_weights(
+    weight_ptr,  # [N, K]
+    weight_stride,
+    tile,
+    start,  # first column
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BYTES: tl.constexpr,  # of every row
+    CHUNK: tl.constexpr,  # bytes that one thread asks for
+):
+    """Have the tile's first weights on their way to L2."""
+    CHUNKS: tl.constexpr = BYTES // CHUNK
+    CHUNK_K: tl.constexpr = CHUNK * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    # One chunk for each element of a flat range: a tensor smaller than the program would repeat its elements.
+    index = tl.arange(0, BLOCK_N * CHUNKS)
+    row = index // CHUNKS
+    if PAIRED:
+        pair = tl.minimum(tile * (BLOCK_N // 2) + row % (BLOCK_N // 2), N // 2 - 1)
+        row = tl.where(row < BLOCK_N // 2, pair, pair + N // 2)
+    else:
+        row = tl.minimum(tile * BLOCK_N + row, N - 1)
+    column = tl.minimum(start + index % CHUNKS * CHUNK_K, K - CHUNK_K)
+    prefetch_to_l2(weight_ptr + row.to(tl.int64) * weight_stride + column, CHUNK)
+
+
+@triton.jit
+def _as(
+    weight,
+    dtype: tl.constexpr,
+):
+    """FP8 numbers as another type, exactly. By way of fp32: straight to bf16 goes through the slowest unit of an SM."""
+    if weight.dtype.primitive_bitwidth == 8:
+        return weight.to(tl.float16).to(tl.float32).to(dtype)
+    else:
+        return weight
+
+
+@triton.jit
+def stream_product(
+    x_rows,  # [BLOCK_M] pointers
+    row_mask,  # [BLOCK_M]
+    weight_row_ptrs,  # [BLOCK_N] pointers
+    norm_ptr,  # [K]; read only if HAS_NORM
+    start,
+    end,
+    K: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    RELEASE_STEPS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Input x weight over columns [start, end), [BLOCK_M, BLOCK_N] fp32, and the rows' sums of squares [BLOCK_M]."""
+    # On the right, tensor cores take the few input rows 16 at a time; on the left, the weights 64 at a time.
+    acc = tl.zeros((BLOCK_N if WEIGHTS_LEFT else BLOCK_M, BLOCK_M if WEIGHTS_LEFT else BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    release_at = start + tl.maximum(tl.cdiv(end - start, BLOCK_K) - RELEASE_STEPS, 0) * BLOCK_K
+    for first in range(start, end, BLOCK_K):
+        if USE_PDL and first == release_at:
+            release_successor()
+        columns = first + tl.arange(0, BLOCK_K)
+        x_ptrs = x_rows[:, None] + columns[None, :]
+        weight_ptrs = weight_row_ptrs[:, None] + columns[None, :]
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_ptrs)
+        else:
+            inside = (columns < K)[None, :]
+            x = tl.load(x_ptrs, mask=row_mask[:, None] & inside, other=0.0)
+            weight = tl.load(weight_ptrs, mask=inside, other=0.0)
+        if HAS_NORM:
+            if K % BLOCK_K == 0:
+                scale = tl.load(norm_ptr + columns)
+            else:
+                scale = tl.load(norm_ptr + columns, mask=columns < K, other=0.0)
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+            x = (wide * scale.to(tl.float32)[None, :]).to(x.dtype)
+        weight = _as(weight, x.dtype)
+        # "ieee": TF32 would round fp32 to little more than bf16.
+        if WEIGHTS_LEFT:
+            acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+    if WEIGHTS_LEFT:
+        acc = tl.trans(acc)
+    return acc, squares
+
+
+@triton.jit
+def _store_tile(
+    acc,  # [BLOCK_M, BLOCK_N] fp32
+    squares,  # [BLOCK_M]
+    tile,
+    rows,  # [BLOCK_M] int64
+    row_mask,  # [BLOCK_M]
+    scale_ptr,
+    residual_ptr,
+    out_ptr,
+    residual_stride,
+    out_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU_AND_MUL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + weight_rows(tile, N, BLOCK_N, SILU_AND_MUL))[None, :]
+    if HAS_NORM:
+        acc *= tl.rsqrt(squares / K + eps)[:, None]
+    if SILU_AND_MUL:
+        columns = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        mask = row_mask[:, None] & (columns < N // 2)[None, :]
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        acc = gate * tl.sigmoid(gate) * up
+    else:
+        columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = row_mask[:, None] & (columns < N)[None, :]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
+        acc += residual.to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# The number of rows changes from step to step: specialising on its divisibility would compile again and again.
+@triton.jit(do_not_specialize=["num_rows"])
+def _skinny_linear_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, K]
+    scale_ptr,  # [N]; read only if HAS_SCALE
+    norm_ptr,  # [K]; read only if HAS_NORM
+    residual_ptr,  # [M, N]; read only if HAS_RESIDUAL
+    out_ptr,  # [M, N] or [M, N/2]
+    partial_ptr,  # [row tiles, tiles, SPLIT_K, BLOCK_M, BLOCK_N] fp32; used only if SPLIT_K > 1, as the next two
+    squares_ptr,  # [row tiles, tiles, SPLIT_K, BLOCK_M] fp32
+    arrived_ptr,  # [row tiles, tiles] int32, zeros
+    num_rows,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    out_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K_PART: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU_AND_MUL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    RELEASE_STEPS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    row_tile, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = part * K_PART
+    end = tl.minimum(start + K_PART, K)
+    if USE_PDL:
+        if PREFETCH > 0:
+            prefetch_weights(weight_ptr, weight_stride, tile, start, N, K, BLOCK_N, SILU_AND_MUL, PREFETCH, 256)
+        wait_for_predecessor()
+
+    rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row_mask = rows < num_rows
+    weight_row_ptrs = weight_ptr + weight_rows(tile, N, BLOCK_N, SILU_AND_MUL) * weight_stride
+    acc, squares = stream_product(
+        x_ptr + rows * x_stride,
+        row_mask,
+        weight_row_ptrs,
+        norm_ptr,
+        start,
+        end,
+        K,
+        HAS_NORM,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        WEIGHTS_LEFT,
+        RELEASE_STEPS,
+        USE_PDL,
+    )
+    finish = True
+    index = row_tile * tl.num_programs(1) + tile
+    if SPLIT_K > 1:
+        offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        mine = index.to(tl.int64) * SPLIT_K + part
+        tl.store(partial_ptr + mine * (BLOCK_N * BLOCK_M) + offsets, acc)
+        if HAS_NORM:
+            tl.store(squares_ptr + mine * BLOCK_M + tl.arange(0, BLOCK_M), squares)
+        # All threads' parts before the count, and the count before anyone reads the others' parts.
+        tl.debug_barrier()
+        finish = tl.atomic_add(arrived_ptr + index, 1, sem="acq_rel") == SPLIT_K - 1
+        if finish:
+            first = index.to(tl.int64) * SPLIT_K
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            squares = tl.zeros((BLOCK_M,), tl.float32)
+            for other in tl.static_range(SPLIT_K):
+                # .cg: past L1, which is not coherent.
+                part_ptr = partial_ptr + (first + other) * (BLOCK_N * BLOCK_M)
+                acc += tl.load(part_ptr + offsets, cache_modifier=".cg")
+                if HAS_NORM:
+                    square_ptr = squares_ptr + (first + other) * BLOCK_M
+                    squares += tl.load(square_ptr + tl.arange(0, BLOCK_M), cache_modifier=".cg")
+            tl.store(arrived_ptr + index, 0)
+    if finish:
+        _store_tile(
+            acc,
+            squares,
+            tile,
+            rows,
+            row_mask,
+            scale_ptr,
+            residual_ptr,
+            out_ptr,
+            residual_stride,
+            out_stride,
+            eps,
+            N,
+            K,
+            HAS_SCALE,
+            HAS_NORM,
+            HAS_RESIDUAL,
+            SILU_AND_MUL,
+            BLOCK_M,
+            BLOCK_N,
+        )
+
+
+def reference_skinny_linear(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    *,
+    weight_scale: torch.Tensor | None = None,  # [N]
+    norm_weight: torch.Tensor | None = None,  # [K]
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,  # [M, N]
+    silu_and_mul: bool = False,
+) -> torch.Tensor:
+    """The same as `skinny_linear`, as a model without it would compute it: step by step, each rounded to x's type."""
+    if norm_weight is not None:
+        x = F.rms_norm(x, (x.shape[1],), norm_weight.to(x.dtype), eps)
+    weight = weight.to(x.dtype)
+    if weight_scale is not None:
+        weight = (weight * weight_scale[:, None]).to(x.dtype)
+    out = F.linear(x, weight)
+    if silu_and_mul:
+        gate, up = out.chunk(2, dim=1)
+        out = F.silu(gate) * up
+    return out if residual is None else out + residual

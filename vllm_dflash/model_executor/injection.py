@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV injection: context features -> K/V of all draft layers -> paged caches.
+
+Where the caches have the layout that one of this package's kernels knows, norm, rotation and writing of all layers are
+one launch; elsewhere, each layer's attention backend writes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_dflash.kernels.context_kv import LayerCaches, inject_context_kv
+from vllm_dflash.kernels.skinny_linear import skinny_linear
+from vllm_dflash.model_executor.draft_model import DFlashDraftModel
+from vllm_dflash.model_executor.fast_path import MAX_FAST_ROWS
+from vllm_dflash.model_executor.fp8_weights import weight_and_scale
+
+
+class Injection:
+    """Writes context rows into the caches of the draft layers."""
+
+    def __init__(
+        self,
+        model: DFlashDraftModel,
+        group_of_layer: Sequence[int],  # L entries: which of the G cache groups holds a layer
+        fast: bool,  # few rows go through the kernels of fast_path.py
+    ) -> None:
+        self.model, self.group_of_layer, self.fast = model, list(group_of_layer), fast
+        self.layers = [attention.attn for attention in model.attentions]
+        self._caches: LayerCaches | None = None
+
+    def __call__(
+        self,
+        features: torch.Tensor,  # [T, F*H]
+        positions: torch.Tensor,  # [T]
+        slot_mappings: torch.Tensor,  # [G, T]; a negative slot writes nothing
+    ) -> None:
+        """Fuse, project, norm, rotate, write."""
+        context_kv = self.model.context_kv
+        if not context_kv.raw:
+            k, v = context_kv(features, positions)
+            write_by_layer(self.layers, k, v, [slot_mappings[group] for group in self.group_of_layer])
+            return
+        raw = self._project(features, positions)
+        rotary_emb = self.model.attentions[0].rotary_emb
+        inject_context_kv(
+            raw,
+            context_kv.k_norm_weight[:, 0],
+            context_kv.eps,
+            rotary_emb.cos_sin_cache,
+            rotary_emb.is_neox_style,
+            positions,
+            slot_mappings,
+            self._layer_caches(),
+        )
+
+    def _project(
+        self,
+        features: torch.Tensor,  # [T, F*H]
+        positions: torch.Tensor,  # [T]
+    ) -> torch.Tensor:
+        """Raw projections [T, 2*L*heads*D]."""
+        context_kv = self.model.context_kv
+        if not self.fast or features.shape[0] > MAX_FAST_ROWS:
+            return context_kv(features, positions)
+        weight, scale = weight_and_scale(context_kv.fc)
+        states = skinny_linear(features, weight, weight_scale=scale)
+        weight, scale = weight_and_scale(context_kv.kv_proj)
+        norm = context_kv.hidden_norm.weight
+        return skinny_linear(states, weight, weight_scale=scale, norm_weight=norm, eps=context_kv.eps)
+
+    def _layer_caches(self) -> LayerCaches:
+        """Looked up when first needed: vLLM allocates the caches after it has grouped them."""
+        if self._caches is None:
+            self._caches = LayerCaches.of(
+                [layer.kv_cache for layer in self.layers],
+                self.group_of_layer,
+                [layer._k_scale for layer in self.layers],
+                [layer._v_scale for layer in self.layers],
+            )
+        return self._caches
+
+
+def write_by_layer(
+    layers: Sequence[Attention],  # L layers
+    k: torch.Tensor,  # [T, L, heads, D]
+    v: torch.Tensor,  # [T, L, heads, D]
+    slot_mappings: Sequence[torch.Tensor],  # L tensors [T]
+) -> None:
+    """Have every layer's attention backend write its rows."""
+    for index, layer in enumerate(layers):
+        layer.impl.do_kv_cache_update(layer, k[:, index], v[:, index], layer.kv_cache, slot_mappings[index])

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin's own options: `--additional-config '{"dflash": {...}}'`. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_FLAG = '--additional-config\'s "dflash"'
+
+
+@dataclass(frozen=True)
+class DFlashOptions:
+    """What a user may choose. Both make a block cheaper without retraining; the output stays the target's."""
+
+    #: "fp8": the drafter's weights become FP8 when it is loaded (model_executor/fp8_weights.py).
+    draft_weights: str | None = None
+    #: How many tokens may be drafted: the draft LM head reads only their rows.
+    draft_vocab_size: int | None = None
+    #: Which ones: token ids by frequency, or a corpus to count them in (draft_vocabulary.py). Without it, the lowest ids.
+    draft_vocab_file: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the key and the value."""
+        if self.draft_weights not in (None, "fp8"):
+            raise ValueError(f'{_FLAG}: "draft_weights" must be "fp8" or absent, found {self.draft_weights!r}')
+        size = self.draft_vocab_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f'{_FLAG}: "draft_vocab_size" must be a positive integer, found {size!r}')
+        if self.draft_vocab_file is None:
+            return
+        if size is None:
+            raise ValueError(f'{_FLAG}: "draft_vocab_file" needs a "draft_vocab_size" beside it')
+        if not isinstance(self.draft_vocab_file, str) or not Path(self.draft_vocab_file).is_file():
+            raise ValueError(f'{_FLAG}: "draft_vocab_file" = {self.draft_vocab_file!r} is not a file')
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> DFlashOptions:
+        """Parse the `dflash` key of vLLM's additional config. Raises ValueError naming an unknown key."""
+        options = (additional_config or {}).get("dflash") or {}
+        if not isinstance(options, Mapping):
+            raise ValueError(f"{_FLAG} must be an object, found {options!r}")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"{_FLAG} has unknown key(s) {unknown}; known keys: {sorted(known)}")
+        return cls(**options)
