@@ -191,6 +191,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--capture-all", action="store_true", help="CUDA graphs at every step size, for none and own")
     parser.add_argument("--additional-config", type=json.loads, default={}, metavar="JSON", help="for ours alone")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="LLM(...) arguments, all")
+    parser.add_argument(
+        "--draft-graph", type=parse_numbers, default=(), help="also time the drafting step's CUDA graph at these"
+    )
     parser.add_argument("--profile", type=parse_numbers, default=(), help="numbers of requests to trace at")
     parser.add_argument("--profile-engine", type=parse_engines, default=(OURS,), metavar="none,own,ours")
     parser.add_argument("--profile-dir", type=Path, default=Path("profile"))
@@ -241,6 +244,7 @@ class Benchmark:
         self.facts: dict[str, Record] = {}
         self.points: list[Record] = []
         self.profiles: list[Record] = []
+        self.draft_graphs: list[Record] = []
 
     def _models(self) -> tuple[Record, Record]:
         """The two configs, as dicts; those of the built-in shape are written to the temporary folder first."""
@@ -278,6 +282,7 @@ class Benchmark:
                 self.points.append(self.measure(engines, index, context, count))
                 self.save()
                 longest = max(longest, time.monotonic() - begun)
+            self.time_draft_graphs(engines)
             self.profile(engines)
 
     def job(self, name: str) -> Record:
@@ -388,7 +393,7 @@ class Benchmark:
         steps = ", ".join(f"{n} {a['ms_step']:.3f} ms x{a['length']:.2f}" for n, a in answers.items())
         text = f"context {context}, {count} requests, round {number + 1}: {steps}"
         if OWN in answers and OURS in answers:
-            text += f"; ours/own {self.rate(OURS, answers, count) / self.rate(OWN, answers, count):.3f}"
+            text += f"; step ours/own {answers[OURS]['ms_step'] / answers[OWN]['ms_step']:.3f}"
         say(text)
 
     def rate(self, name: str, answers: dict[str, Record], count: int) -> float:
@@ -396,6 +401,14 @@ class Benchmark:
         measured = self.args.real or name == NONE
         length = answers[name]["length"] if measured else self.args.acceptance
         return 1000 * count * length / answers[name]["ms_step"]
+
+    def time_draft_graphs(self, engines: dict[str, Engine]) -> None:
+        for count in self.args.draft_graph:
+            for name in (name for name in (OWN, OURS) if name in engines):
+                record = engines[name].ask({"draft_graph": count}, self.args.run_timeout)
+                self.draft_graphs.append({"engine": name, "requests": count} | record)
+                say(f"draft graph: {self.draft_graphs[-1]}")
+                self.save()
 
     def profile(self, engines: dict[str, Engine]) -> None:
         for name in self.args.profile_engine if self.args.profile else ():
@@ -425,6 +438,7 @@ class Benchmark:
             "k": self.k,
             "engines": self.facts,
             "points": self.points,
+            "draft_graphs": self.draft_graphs,
             "profiles": self.profiles,
             "seconds": round(time.monotonic() - self.started, 1),
         }
@@ -510,9 +524,25 @@ def markdown(bench: Benchmark) -> str:
         points = [point for point in bench.points if point["context"] == context]
         if points:
             lines += ["", *context_table(bench, names, context, points)]
+    if bench.draft_graphs:
+        lines += ["", *draft_graph_table(bench.draft_graphs)]
     for profile in bench.profiles:
         lines += ["", "```", profile_table(profile), "```"]
     return "\n".join(lines) + "\n"
+
+
+def draft_graph_table(records: list[Record]) -> list[str]:
+    """The drafting step's graph, replayed by itself, beside the time in which its weights can be read."""
+    lines = ["**The drafting step's CUDA graph**, replayed 50 times. Its floor: its weights at copy bandwidth.", ""]
+    lines += ["| requests | engine | ms | weights, GB | copy, TB/s | to its floor |", "|--:|--|--:|--:|--:|--:|"]
+    for record in records:
+        floor = record["weight_bytes"] / record["copy_bytes_per_second"] * 1000
+        lines.append(
+            f"| {record['requests']} | {LABELS[record['engine']]} | {record['ms']:.3f} | "
+            f"{record['weight_bytes'] / 1e9:.2f} | {record['copy_bytes_per_second'] / 1e12:.2f} | "
+            f"{record['ms'] / floor:.2f} |"
+        )
+    return lines
 
 
 def engine_line(name: str, facts: Record) -> str:
@@ -528,7 +558,7 @@ def context_table(bench: Benchmark, names: list[str], context: int, points: list
     shared = f" All but the last {TAIL} tokens of the prompts are shared, through the prefix cache."
     ratio = {OWN, OURS} <= set(names)
     heads = ["requests", *(f"{LABELS[name]}: ms/step, tokens/s" for name in names)]
-    heads += ["to vLLM's own (min-max)"] if ratio else []
+    heads += ["step: ours / vLLM's own (min-max)"] if ratio else []
     heads += [f"{LABELS[name]} to no speculation" for name in names if name != NONE and NONE in names]
     heads += ["acceptance length", "differing outputs"] if bench.args.real else []
     lines = [f"**{context} tokens in.**{shared if bench.shares(context) else ''} Medians over the rounds.", ""]
@@ -547,7 +577,7 @@ def point_cells(bench: Benchmark, names: list[str], point: Record) -> list[str]:
         short = "" if all(answers[name]["steady"] for answers in rounds) else "*"
         cells.append(f"{step:.2f}{short}, {statistics.median(rates[name]):.0f}")
     if {OWN, OURS} <= set(names):
-        ratios = [ours / own for ours, own in zip(rates[OURS], rates[OWN], strict=True)]
+        ratios = [answers[OURS]["ms_step"] / answers[OWN]["ms_step"] for answers in rounds]
         cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
     if NONE in names:
         for name in names[1:]:
@@ -673,6 +703,8 @@ def engine_facts(llm: Any) -> Record:
 
 def answer(llm: Any, request: Record) -> Record:
     """Run one batch of prompts to its end: token ids, and what a step of the steady region took."""
+    if "draft_graph" in request:
+        return time_draft_graph(llm, request["draft_graph"])
     counters = request["counters"] and drafter_of(model_runner(llm)) is not None
     before = read_counters(llm) if counters else (0, 0)
     trace = Trace(llm, request["trace"]) if request.get("trace") else None
@@ -682,6 +714,45 @@ def answer(llm: Any, request: Record) -> Record:
         drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
         result |= {"drafts": drafts, "accepted": accepted}
     return result | ({"profile": trace.summary()} if trace else {})
+
+
+def time_draft_graph(llm: Any, requests: int) -> Record:
+    """Milliseconds of one replay of the drafting step's graph for so many requests, and what it must read."""
+    import torch
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    drafter = drafter_of(model_runner(llm))
+    manager = next(value for value in vars(drafter).values() if isinstance(value, CudaGraphManager))
+    desc = min((desc for desc in manager.graphs if desc.num_reqs >= requests), key=lambda desc: desc.num_reqs)
+    buffers = [torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    copy_ms = replay_ms(lambda: buffers[0].copy_(buffers[1]), 10)
+    return {
+        "ms": replay_ms(manager.graphs[desc].replay, 50),
+        "weight_bytes": draft_weight_bytes(drafter.model),
+        "copy_bytes_per_second": 2 * (1 << 30) / copy_ms * 1000,
+    }
+
+
+def replay_ms(launch: Any, times: int) -> float:
+    import torch
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        launch()
+    start.record()
+    for _ in range(times):
+        launch()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end) / times)
+
+
+def draft_weight_bytes(model: Any) -> int:
+    """Bytes of all matrices that a drafting step multiplies with: of an embedding table it reads a few rows only."""
+    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.dim() == 2}
+    stacked = getattr(getattr(model, "model", None), "_fused_kv_weight", None)  # vLLM's own keeps it as a plain tensor
+    tensors |= {"stacked K/V": stacked} if stacked is not None else {}
+    return sum(t.numel() * t.element_size() for name, t in tensors.items() if "embed_tokens" not in name)
 
 
 def read_counters(llm: Any) -> tuple[int, int]:

@@ -40,10 +40,13 @@ def choose_draft_vocabulary(
 
 def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> list[int]:
     """Token ids of a file, most frequent first. Ties in the order of first appearance."""
-    if file.suffix == ".json":
-        tokens = _frequency_list(file)
-    else:
-        tokens = [token for token, _ in _counts(file, encode).most_common()]
+    try:
+        if file.suffix == ".json":
+            tokens = _frequency_list(file)
+        else:
+            tokens = [token for token, _ in _counts(file, encode).most_common()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error}") from error
     for token in tokens:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"{file}: token id {token!r} is not in the target's vocabulary of {vocab_size}")
@@ -83,6 +86,6 @@ def _line(file: Path, number: int, line: str) -> str | list[int]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{number}: not JSON: {error}") from error
     content = record.get("token_ids", record.get("text")) if isinstance(record, dict) else None
-    if not isinstance(content, str | list):
-        raise ValueError(f'{file}:{number}: expected an object with "token_ids" (a list) or "text" (a string)')
-    return content
+    if isinstance(content, str) or (isinstance(content, list) and all(type(token) is int for token in content)):
+        return content
+    raise ValueError(f'{file}:{number}: expected an object with "token_ids" (integers) or "text" (a string)')

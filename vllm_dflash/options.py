@@ -19,7 +19,7 @@ class DFlashOptions:
     draft_weights: str | None = None
     #: How many tokens may be drafted: the draft LM head reads only their rows.
     draft_vocab_size: int | None = None
-    #: Which ones: token ids by frequency, or a corpus to count them in (draft_vocabulary.py). Without it, the lowest ids.
+    #: Which: token ids by frequency, or a corpus to count them in (draft_vocabulary.py). Default: the lowest ids.
     draft_vocab_file: str | None = None
 
     def __post_init__(self) -> None:

@@ -63,7 +63,8 @@ def run_engine(
     job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
     job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias, "interpret": runner == "V2"}))
     # Engine core and worker in the child's own process: no start-up of two more interpreters.
-    one_process = {} if llm.get("tensor_parallel_size", 1) > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    parallel = llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1) > 1
+    one_process = {} if parallel else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with log.open("w") as stream:
         done = subprocess.run(
             [sys.executable, str(CHILD), str(job), str(result)],

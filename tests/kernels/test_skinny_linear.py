@@ -186,31 +186,3 @@ def test_a_chosen_tile_fits_an_sm(num_rows: int, n: int, k: int, weight_dtype: t
     stage = tile.block_k * (tile.block_n * weight_dtype.itemsize + rows * 2)
     assert tile.num_stages * stage <= 227 * 1024
     assert k // tile.split_k >= 4 * tile.block_k or tile.split_k == 1, "a pipeline that only fills and drains"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, FP8])
-def test_overlapping_launches_compute_the_same(weight_dtype: torch.dtype) -> None:
-    """A chain of products, each reading what the one before wrote and writing what the one before that read."""
-    torch.manual_seed(0)
-    size, scale = 2048, torch.full((2048,), 0.02, device="cuda")
-    weights = [torch.randn(size, size, device="cuda").to(weight_dtype) for _ in range(4)]
-    start = torch.randn(16, size, device="cuda", dtype=torch.bfloat16)
-    norm = torch.ones(size, device="cuda", dtype=torch.bfloat16)
-
-    def chain(use_pdl: bool) -> torch.Tensor:
-        ping, pong = start.clone(), torch.empty_like(start)
-        for index in range(24):
-            skinny_linear(ping, weights[index % 4], weight_scale=scale, norm_weight=norm, out=pong, use_pdl=use_pdl)
-            ping, pong = pong, ping
-        return ping
-
-    expected = chain(use_pdl=False)
-    graph = torch.cuda.CUDAGraph()
-    chain(use_pdl=True)
-    with torch.cuda.graph(graph):
-        got = chain(use_pdl=True)
-    for _ in range(20):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(got, expected)

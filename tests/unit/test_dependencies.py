@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom: plugin -> compat -> proposer -> model_executor -> config, tree.
+"""Who may import whom: plugin -> compat -> proposer -> model_executor -> kernels, config, tree.
 
 hf, training and benchmark stand beside that chain and know neither compat nor proposer; the chain knows none of them.
 """
@@ -15,7 +15,7 @@ import vllm_dflash
 PACKAGE = Path(vllm_dflash.__file__).resolve().parent
 
 #: The chain, from what everyone may import to what nobody may. A room imports its own level and those before it.
-CHAIN = [{"config", "tree", "checkpoint"}, {"model_executor"}, {"proposer"}, {"compat"}, {"plugin"}]
+CHAIN = [{"config", "tree", "checkpoint", "kernels"}, {"model_executor"}, {"proposer"}, {"compat"}, {"plugin"}]
 LEVEL = {room: level for level, rooms in enumerate(CHAIN) for room in rooms}
 BESIDE = {"hf", "training", "benchmark"}
 ENGINE_SIDE = {"compat", "proposer"}

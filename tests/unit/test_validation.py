@@ -9,7 +9,6 @@ import pytest
 from tests.helpers import drafter_config, truncate, write_config, write_tensors
 from vllm_dflash.checkpoint import expected_tensors
 from vllm_dflash.config import DFlashConfig
-from vllm_dflash.options import DFlashOptions
 from vllm_dflash.validation import (
     TargetFacts,
     check_checkpoint,
@@ -165,27 +164,3 @@ def test_packed_weights_of_a_quantized_drafter_are_not_judged(tmp_path: Path) ->
 
 def test_a_hub_id_is_not_looked_for_on_disk() -> None:
     check_checkpoint(DFlashConfig.from_dict(drafter_config(), source="somebody/some-drafter"))
-
-
-# Options.
-
-
-@pytest.mark.parametrize(
-    "additional_config", [None, {}, {"dflash": {}}, {"dflash": None}, {"another_plugin": {"x": 1}}]
-)
-def test_no_options(additional_config: Any) -> None:
-    assert DFlashOptions.from_additional_config(additional_config) == DFlashOptions()
-
-
-def test_unknown_options_are_all_named() -> None:
-    with pytest.raises(ValueError) as caught:
-        DFlashOptions.from_additional_config({"dflash": {"nope": 1, "budget_": 2}})
-    assert "--additional-config's \"dflash\" has unknown key(s) ['budget_', 'nope']" in str(caught.value)
-
-
-@pytest.mark.parametrize("options", ["nope", ["nope"], 1])
-def test_options_that_are_no_object(options: Any) -> None:
-    with pytest.raises(ValueError) as caught:
-        DFlashOptions.from_additional_config({"dflash": options})
-    assert '--additional-config\'s "dflash" must be an object' in str(caught.value)
-    assert repr(options) in str(caught.value)

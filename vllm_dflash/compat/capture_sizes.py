@@ -50,9 +50,8 @@ def set_cudagraph_sizes(self: VllmConfig) -> None:
             "CUDA graphs. Raise --max-num-batched-tokens or lower --max-num-seqs",
             scheduler.max_num_seqs, full_batch, num_query_rows, limit, limit // num_query_rows,
         )  # fmt: skip
-    sizes = {
-        count * num_query_rows for count in request_counts(scheduler.max_num_seqs) if count * num_query_rows <= limit
-    }
+    most = min(scheduler.max_num_seqs, limit // num_query_rows)
+    sizes = {count * num_query_rows for count in request_counts(most)}
     compilation.cudagraph_capture_sizes = sorted(sizes | set(compilation.cudagraph_capture_sizes))
     compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
     compilation.compile_sizes = compile_sizes  # may name the capture sizes, which vLLM then spells out

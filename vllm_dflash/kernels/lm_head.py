@@ -15,13 +15,10 @@ import torch
 from torch.nn import functional as F
 from vllm.triton_utils import tl, triton
 
-from vllm_dflash.kernels.pdl import pdl_options, release_successor, wait_for_predecessor
 from vllm_dflash.kernels.skinny_linear import (
     Tile,
     block_rows,
     check_operands,
-    prefetch_bytes,
-    prefetch_weights,
     stream_product,
     weight_rows,
 )
@@ -34,9 +31,8 @@ def choose_head_tile(num_rows: int, weight_dtype: torch.dtype) -> Tile:
     """The tile for [num_rows, K] x [V, K], V being large. Measured on an H200 with benchmarks/draft_kernels.py."""
     if weight_dtype == torch.float32:
         return Tile(block_n=32, block_k=32)
-    wide = weight_dtype.itemsize > 1
     stages = 3 if num_rows <= 64 else 2
-    return Tile(128, 256 // weight_dtype.itemsize, 1, 4 if wide else 8, stages, weights_left=wide)
+    return Tile(128, 256 // weight_dtype.itemsize, 1, 4, stages, weights_left=weight_dtype.itemsize > 1)
 
 
 def argmax_linear(
@@ -49,7 +45,6 @@ def argmax_linear(
     num_query_rows: int | None = None,  # Q: leave out the first row of every request, its anchor
     out: torch.Tensor | None = None,  # [M] or [R*(Q-1)] int64
     tile: Tile | None = None,
-    use_pdl: bool | None = None,
 ) -> torch.Tensor:
     """Index of the largest logit of every row, [M] or [R*(Q-1)] int64; of equal ones the lowest."""
     num_rows, vocab_size = x.shape[0], weight.shape[0]
@@ -71,7 +66,6 @@ def argmax_linear(
     tiles = triton.cdiv(vocab_size, tile.block_n)
     values = torch.empty((num_rows, tiles), dtype=torch.float32, device=x.device)
     indices = torch.empty((num_rows, tiles), dtype=torch.int32, device=x.device)
-    pdl = pdl_options(use_pdl, x.device)
     _tile_max_kernel[(triton.cdiv(num_rows, block_m), tiles)](
         x,
         weight,
@@ -91,14 +85,11 @@ def argmax_linear(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         WEIGHTS_LEFT=tile.weights_left,
-        PREFETCH=prefetch_bytes(weight, tile),
-        RELEASE_STEPS=tile.release_steps,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **pdl,
     )
     _reduce_tiles_kernel[(num_rows,)](
-        values, indices, row_ids, out, TILES=tiles, HAS_IDS=row_ids is not None, BLOCK=_BLOCK_TILES, num_warps=4, **pdl
+        values, indices, row_ids, out, TILES=tiles, HAS_IDS=row_ids is not None, BLOCK=_BLOCK_TILES, num_warps=4
     )
     return out
 
@@ -124,16 +115,9 @@ def _tile_max_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    RELEASE_STEPS: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     # Programs that share a weight tile stand next to each other, so that one of them reads it from memory.
     row_tile, tile = tl.program_id(0), tl.program_id(1)
-    if USE_PDL:
-        if PREFETCH > 0:
-            prefetch_weights(weight_ptr, weight_stride, tile, 0, V, K, BLOCK_N, False, PREFETCH, 256)
-        wait_for_predecessor()
 
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
@@ -154,8 +138,6 @@ def _tile_max_kernel(
         BLOCK_N,
         BLOCK_K,
         WEIGHTS_LEFT,
-        RELEASE_STEPS,
-        USE_PDL,
     )
     if HAS_SCALE:
         logits *= tl.load(scale_ptr + ids)[None, :]
@@ -175,11 +157,7 @@ def _reduce_tiles_kernel(
     TILES: tl.constexpr,
     HAS_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
-    if USE_PDL:
-        wait_for_predecessor()
-        release_successor()
     row = tl.program_id(0)
     values_ptr += row.to(tl.int64) * TILES
     best = tl.full((BLOCK,), float("-inf"), tl.float32)

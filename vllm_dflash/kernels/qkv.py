@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_dflash.kernels.pdl import pdl_options, release_successor, wait_for_predecessor
-
 #: The largest number of float8_e4m3fn: what is larger is stored as this.
 _FP8_MAX = 448.0
 
@@ -33,7 +31,6 @@ def norm_rope_cache(
     *,
     is_neox_style: bool = True,  # pairs are (i, i + rot/2); otherwise (2i, 2i + 1)
     out: torch.Tensor | None = None,  # [M, Hq, D]
-    use_pdl: bool | None = None,
 ) -> torch.Tensor:
     """Normed and rotated queries [M, Hq, D]; normed and rotated keys, and values, go into `kv_cache`."""
     num_rows = qkv.shape[0]
@@ -74,7 +71,6 @@ def norm_rope_cache(
         HAS_SCALES=k_scale is not None,
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=1,
-        **pdl_options(use_pdl, qkv.device),
     )
     return out
 
@@ -206,20 +202,14 @@ def _norm_rope_cache_kernel(
     FP8_MAX: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
-    if USE_PDL:
-        wait_for_predecessor()
-        release_successor()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
     mask = dims < HEAD_DIM
     x_ptr = qkv_ptr + row * qkv_stride + head * HEAD_DIM
     cos_sin_ptr += tl.load(positions_ptr + row) * cos_sin_stride
     if head < NUM_HEADS:
-        q = _normed_and_rotated(
-            x_ptr, q_weight_ptr, cos_sin_ptr, dims, eps, HAS_Q_NORM, IS_NEOX, HEAD_DIM, ROTARY_DIM
-        )
+        q = _normed_and_rotated(x_ptr, q_weight_ptr, cos_sin_ptr, dims, eps, HAS_Q_NORM, IS_NEOX, HEAD_DIM, ROTARY_DIM)
         tl.store(out_ptr + (row * NUM_HEADS + head) * HEAD_DIM + dims, q.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         slot = tl.load(slots_ptr + row)

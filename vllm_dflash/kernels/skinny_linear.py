@@ -3,8 +3,9 @@
 """A linear layer for few rows, as fast as its weights can be read: norm, scale, SwiGLU and residual in the same launch.
 
 With up to 64 rows a product costs what its weights cost to read once, so all else is arranged around that: every SM
-keeps enough reads in flight, the RMSNorm before and the residual after need no launch of their own, and where the
-device allows it the first weights are fetched while the kernel before still runs (pdl.py).
+keeps enough reads in flight, and the RMSNorm before and the residual after need no launch of their own. (Starting a
+kernel while its predecessor drains, and prefetching its weights to L2, were measured on an H200: both made a chain of
+these slower.)
 
 A program multiplies BLOCK_N weight rows with all input rows, over one of SPLIT_K parts of K. The input is read again by
 each program that shares a part, so tall tiles and several parts keep that traffic small beside the weights. Of the
@@ -22,13 +23,10 @@ import torch
 from torch.nn import functional as F
 from vllm.triton_utils import tl, triton
 
-from vllm_dflash.kernels.pdl import pdl_options, prefetch_to_l2, release_successor, supports_pdl, wait_for_predecessor
-
 #: Programs that fill an H200 (132 SMs) once.
 _FULL_GRID = 120
 #: Tiles of one launch that can share their counters.
 _MAX_TILES = 1 << 16
-_PREFETCH_CHUNK = 256  # bytes
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,30 @@ class Tile:
     # Which operand of the matrix product the weights are. On the left they go from shared memory to Hopper's tensor
     # cores directly, 64 rows at a time. On the right they pass through registers, as converting them from FP8 asks for.
     weights_left: bool = True
-    prefetch_k: int = 512  # columns of every weight row that are fetched ahead of the wait for the predecessor
-    # Steps of block_k before the last one ends at which the successor may start. Released earlier, what it prefetches
-    # would be pushed out of L2 again by the rest of this launch's weights.
-    release_steps: int = 4
 
 
 def choose_tile(num_rows: int, n: int, k: int, weight_dtype: torch.dtype) -> Tile:
-    """The tile for [num_rows, k] x [n, k]. Measured on an H200 with benchmarks/draft_kernels.py."""
+    """The tile for [num_rows, k] x [n, k]. Measured on an H200 with benchmarks/draft_kernels.py.
+
+    What decides is that all programs fit the device at once, each with 64 KiB and more of weights in flight.
+    """
     if weight_dtype == torch.float32:
         return Tile(block_n=32, block_k=32)
-    # 32 KiB of weights a stage, 256 bytes of each row.
-    block_n, block_k = 128, 256 // weight_dtype.itemsize
-    split_k = 1
-    while triton.cdiv(n, block_n) * split_k < _FULL_GRID and k >= 2 * split_k * 4 * block_k:
-        split_k *= 2
-    num_warps = 4 if weight_dtype.itemsize > 1 else 8
-    stages = 3 if num_rows <= 64 else 2
-    return Tile(block_n, block_k, split_k, num_warps, stages, weights_left=weight_dtype.itemsize > 1)
+    if weight_dtype == torch.float8_e4m3fn:
+        return Tile(128, 256, _split_k(n, 128, k, 256), num_stages=3 if num_rows <= 64 else 2, weights_left=False)
+    if n >= _FULL_GRID * 128:
+        return Tile(block_n=128, block_k=64, num_stages=4)
+    if n < _FULL_GRID * 40:
+        return Tile(64, 128, _split_k(n, 64, k, 128), num_stages=6 if num_rows <= 32 else 4)
+    return Tile(128, 64, _split_k(n, 128, k, 64), num_stages=6 if num_rows <= 64 else 4)
+
+
+def _split_k(n: int, block_n: int, k: int, block_k: int) -> int:
+    """Parts of K: as many as fill the device, while each keeps a few steps."""
+    parts = 1
+    while triton.cdiv(n, block_n) * parts < _FULL_GRID * 3 // 4 and k >= 2 * parts * 4 * block_k:
+        parts *= 2
+    return parts
 
 
 def skinny_linear(
@@ -74,7 +78,6 @@ def skinny_linear(
     silu_and_mul: bool = False,  # the weight's halves are [gate; up]: silu(gate) * up
     out: torch.Tensor | None = None,  # [M, N] or, with silu_and_mul, [M, N/2]; may be `residual`
     tile: Tile | None = None,
-    use_pdl: bool | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T` with what stands around it, [M, N] or [M, N/2]. Products add up in fp32 and are rounded once.
 
@@ -121,11 +124,8 @@ def skinny_linear(
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
         WEIGHTS_LEFT=tile.weights_left,
-        PREFETCH=prefetch_bytes(weight, tile),
-        RELEASE_STEPS=tile.release_steps,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **pdl_options(use_pdl, x.device),
     )
     return out
 
@@ -133,19 +133,6 @@ def skinny_linear(
 def block_rows(num_rows: int) -> int:
     """Input rows that one program multiplies: all, up to 128."""
     return min(128, max(16, triton.next_power_of_2(num_rows)))
-
-
-def prefetch_bytes(
-    weight: torch.Tensor,  # [N, K]
-    tile: Tile,
-) -> int:
-    """Bytes of each weight row to fetch ahead; 0 where the copy engine cannot: it moves multiples of 16 bytes."""
-    size = weight.element_size()
-    aligned = all(value * size % 16 == 0 for value in (weight.shape[1], weight.stride(0)))
-    wanted = min(tile.prefetch_k, triton.cdiv(weight.shape[1], tile.split_k)) * size
-    if not aligned or weight.data_ptr() % 16 or wanted < _PREFETCH_CHUNK or not supports_pdl(weight.device):
-        return 0
-    return 1 << (wanted.bit_length() - 1)
 
 
 def _check(
@@ -223,34 +210,6 @@ def weight_rows(
 
 
 @triton.jit
-def prefetch_weights(
-    weight_ptr,  # [N, K]
-    weight_stride,
-    tile,
-    start,  # first column
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAIRED: tl.constexpr,
-    BYTES: tl.constexpr,  # of every row
-    CHUNK: tl.constexpr,  # bytes that one thread asks for
-):
-    """Have the tile's first weights on their way to L2."""
-    CHUNKS: tl.constexpr = BYTES // CHUNK
-    CHUNK_K: tl.constexpr = CHUNK * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    # One chunk for each element of a flat range: a tensor smaller than the program would repeat its elements.
-    index = tl.arange(0, BLOCK_N * CHUNKS)
-    row = index // CHUNKS
-    if PAIRED:
-        pair = tl.minimum(tile * (BLOCK_N // 2) + row % (BLOCK_N // 2), N // 2 - 1)
-        row = tl.where(row < BLOCK_N // 2, pair, pair + N // 2)
-    else:
-        row = tl.minimum(tile * BLOCK_N + row, N - 1)
-    column = tl.minimum(start + index % CHUNKS * CHUNK_K, K - CHUNK_K)
-    prefetch_to_l2(weight_ptr + row.to(tl.int64) * weight_stride + column, CHUNK)
-
-
-@triton.jit
 def _as(
     weight,
     dtype: tl.constexpr,
@@ -276,17 +235,12 @@ def stream_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
-    RELEASE_STEPS: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     """Input x weight over columns [start, end), [BLOCK_M, BLOCK_N] fp32, and the rows' sums of squares [BLOCK_M]."""
     # On the right, tensor cores take the few input rows 16 at a time; on the left, the weights 64 at a time.
     acc = tl.zeros((BLOCK_N if WEIGHTS_LEFT else BLOCK_M, BLOCK_M if WEIGHTS_LEFT else BLOCK_N), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    release_at = start + tl.maximum(tl.cdiv(end - start, BLOCK_K) - RELEASE_STEPS, 0) * BLOCK_K
     for first in range(start, end, BLOCK_K):
-        if USE_PDL and first == release_at:
-            release_successor()
         columns = first + tl.arange(0, BLOCK_K)
         x_ptrs = x_rows[:, None] + columns[None, :]
         weight_ptrs = weight_row_ptrs[:, None] + columns[None, :]
@@ -386,18 +340,10 @@ def _skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    RELEASE_STEPS: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     row_tile, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = part * K_PART
     end = tl.minimum(start + K_PART, K)
-    if USE_PDL:
-        if PREFETCH > 0:
-            prefetch_weights(weight_ptr, weight_stride, tile, start, N, K, BLOCK_N, SILU_AND_MUL, PREFETCH, 256)
-        wait_for_predecessor()
-
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_mask = rows < num_rows
     weight_row_ptrs = weight_ptr + weight_rows(tile, N, BLOCK_N, SILU_AND_MUL) * weight_stride
@@ -414,8 +360,6 @@ def _skinny_linear_kernel(
         BLOCK_N,
         BLOCK_K,
         WEIGHTS_LEFT,
-        RELEASE_STEPS,
-        USE_PDL,
     )
     finish = True
     index = row_tile * tl.num_programs(1) + tile

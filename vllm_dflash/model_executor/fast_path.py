@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Up to here the products are bound by their weights; above, cuBLAS is as fast.
 MAX_FAST_ROWS = 64
+#: The same for context rows, whose two products are cuBLAS's strong shapes.
+MAX_FAST_CONTEXT_ROWS = 16
 
 
 def obstacle(model: DFlashDraftModel) -> str | None:

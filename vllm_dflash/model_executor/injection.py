@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_dflash.kernels.context_kv import LayerCaches, inject_context_kv
 from vllm_dflash.kernels.skinny_linear import skinny_linear
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
-from vllm_dflash.model_executor.fast_path import MAX_FAST_ROWS
+from vllm_dflash.model_executor.fast_path import MAX_FAST_CONTEXT_ROWS
 from vllm_dflash.model_executor.fp8_weights import weight_and_scale
 
 
@@ -64,7 +64,7 @@ class Injection:
     ) -> torch.Tensor:
         """Raw projections [T, 2*L*heads*D]."""
         context_kv = self.model.context_kv
-        if not self.fast or features.shape[0] > MAX_FAST_ROWS:
+        if not self.fast or features.shape[0] > MAX_FAST_CONTEXT_ROWS:
             return context_kv(features, positions)
         weight, scale = weight_and_scale(context_kv.fc)
         states = skinny_linear(features, weight, weight_scale=scale)

@@ -39,14 +39,14 @@ def reduce_head(model: DFlashDraftModel, token_ids: Sequence[int], method: Quant
         reduced = ParallelLMHead(
             len(token_ids), weight.shape[1], bias=getattr(head, "bias", None) is not None, params_dtype=weight.dtype
         )
+        logits_processor = LogitsProcessor(len(token_ids))
     for name in ("weight", "bias"):
         parameter = getattr(reduced, name, None)
         if parameter is not None:
             reduced.weight_loader(parameter, _rows(head, getattr(head, name).data, ids))
     reduced.quant_method = method or reduced.quant_method
     reduced.quant_method.process_weights_after_loading(reduced)
-    model.lm_head, model.draft_id_to_target_id = reduced, ids
-    model.logits_processor = LogitsProcessor(len(token_ids))
+    model.lm_head, model.logits_processor, model.draft_id_to_target_id = reduced, logits_processor, ids
 
 
 def _rows(
