@@ -30,12 +30,17 @@ def choose_draft_vocabulary(
             f'--additional-config\'s "dflash": "draft_vocab_size" = {size}, but the target has {vocab_size} tokens'
         )
     chosen = dict.fromkeys(token for token in required if 0 <= token < vocab_size)
+    if len(chosen) > size:
+        raise ValueError(
+            f'--additional-config\'s "dflash": "draft_vocab_size" = {size} has no room for the target\'s {len(chosen)} '
+            "stop tokens"
+        )
     ranked = _ranked(Path(file), vocab_size, encode) if file is not None else []
     for token in (*ranked, *range(vocab_size)):
         if len(chosen) >= size:
             break
         chosen[token] = None
-    return sorted(list(chosen)[:size])
+    return sorted(chosen)
 
 
 def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> list[int]:

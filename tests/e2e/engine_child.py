@@ -3,7 +3,7 @@
 
     python engine_child.py JOB.json RESULT.json
 
-The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "interpret": whether Triton runs on the CPU,
+The job: {"llm": LLM arguments, "plant_bias": added logit or 0,
 "runs": [{"name", "prompts": [[ids]], "max_tokens", "temperature", "concurrent": bool, "logprobs"?}]}. The result: per
 run the token ids and, step by step, how many tokens each request gained; and vLLM's counters over the whole run.
 """
@@ -18,11 +18,6 @@ from typing import Any
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
-    if job["interpret"]:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-        from tests.triton_cpu import install
-
-        install()
     from vllm import LLM
 
     if job.get("plant_bias"):

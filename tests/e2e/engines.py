@@ -15,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "models" / "tiny-python"
 TARGET, DRAFTER = PAIR / "target", PAIR / "drafter"
 CHILD = Path(__file__).with_name("engine_child.py")
+_V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+#: vLLM's Triton kernels in the interpreter, which torch.compile cannot look into.
+_V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": str(ROOT / "tests" / "interpreter_site"),
+    "TORCHDYNAMO_DISABLE": "1",
+}
 #: The command a user types.
 VLLM = str(Path(sys.executable).with_name("vllm"))
 #: An engine start takes 15-40 s on two cores; a hang must end long before the whole suite's limit.
@@ -57,18 +64,18 @@ def run_engine(
 ) -> dict[str, Run]:
     """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails.
 
-    On a machine without a GPU the V2 runner, which is made of Triton kernels, runs in Triton's interpreter.
+    The V2 runner, which is made of Triton kernels, runs in Triton's interpreter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
-    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias, "interpret": runner == "V2"}))
+    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias}))
     # Engine core and worker in the child's own process: no start-up of two more interpreters.
     parallel = llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1) > 1
     one_process = {} if parallel else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with log.open("w") as stream:
         done = subprocess.run(
             [sys.executable, str(CHILD), str(job), str(result)],
-            env=environment(VLLM_USE_V2_MODEL_RUNNER="1" if runner == "V2" else "0", **one_process, **env),
+            env=environment(**(_V2 if runner == "V2" else _V1), **one_process, **env),
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -20,6 +20,8 @@ BASE = {"model": str(TARGET), "dtype": "float32", "max_model_len": 1024}
 #: Of 2048 tokens.
 DRAFT_VOCAB_SIZE = 512
 EOS = 2
+#: Of these prompts without any options.
+ACCEPTANCE_LENGTH = 3.26
 
 
 def generate(
@@ -60,25 +62,26 @@ def assert_only_drafts_of(vocabulary: set[int], run: Run, reference: Run) -> Non
 def test_fp8_weights(reference: Run, tmp_path: Path) -> None:
     run = generate(tmp_path, {"draft_weights": "fp8"})
     assert run.token_ids == reference.token_ids
-    assert run.acceptance_length > 1.5
+    assert run.acceptance_length > 0.9 * ACCEPTANCE_LENGTH
 
 
-def test_reduced_vocabulary(reference: Run, tmp_path: Path) -> None:
-    """The lowest ids."""
-    run = generate(tmp_path, {"draft_vocab_size": DRAFT_VOCAB_SIZE})
+def test_reduced_vocabulary_on_two_ranks(reference: Run, tmp_path: Path) -> None:
+    """The lowest ids. All of them are rows of the first rank's part of the LM head, and half go to the second."""
+    options = {"draft_vocab_size": DRAFT_VOCAB_SIZE}
+    run = generate(tmp_path, options, {"tensor_parallel_size": 2}, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert run.token_ids == reference.token_ids
-    assert run.acceptance_length > 1.5
+    assert run.acceptance_length > 0.8 * ACCEPTANCE_LENGTH
     assert_only_drafts_of(set(range(DRAFT_VOCAB_SIZE)), run, reference)
 
 
-def test_everything_at_once_on_two_ranks(reference: Run, tmp_path: Path) -> None:
-    """Tokens counted in a text, FP8 weights, and an LM head whose rows both ranks have a part of."""
+def test_fp8_weights_and_tokens_counted_in_a_text(reference: Run, tmp_path: Path) -> None:
+    """The text is short, so that the lowest ids do better: what counts is that these are the tokens drafted."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"{text}\n" for text in held_out_texts()), encoding="utf-8")
     options = {"draft_weights": "fp8", "draft_vocab_size": DRAFT_VOCAB_SIZE, "draft_vocab_file": str(corpus)}
-    run = generate(tmp_path, options, {"tensor_parallel_size": 2}, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    run = generate(tmp_path, options)
     assert run.token_ids == reference.token_ids
-    assert run.acceptance_length > 1.5
+    assert run.acceptance_length > 0.55 * ACCEPTANCE_LENGTH
     assert_only_drafts_of(most_frequent(corpus), run, reference)
 
 

@@ -91,21 +91,29 @@ def test_prefix_cache_hit(v2, plain):
 
 
 def test_chunked_prefill(prompts, plain, oracle, tmp_path):
-    """Prompts in pieces of at most 24 rows, mixed with decoding requests; the rounds stay the oracle's."""
+    """Prompts in pieces, mixed with a decoding request of 16 rows; the rounds stay the oracle's."""
     run = RUN | {"name": "chunked", "prompts": prompts[:4]}
     llm = BASE | dflash() | {"max_num_batched_tokens": 40, "max_num_seqs": 2, "enable_prefix_caching": False}
     chunked = run_engine(tmp_path, llm, [run], runner="V2")["chunked"]
     assert chunked.token_ids == plain[:4]
-    for steps, rounds in zip(chunked.step_lengths, oracle[:4], strict=True):
-        # A short prompt's first block may be cut by the token budget, later ones are whole.
-        assert sum(steps) == MAX_TOKENS
-        assert max(steps) > 1 or max(rounds) == 1
+    assert chunked.acceptance_length > 1.5
+    for index, (steps, rounds) in enumerate(zip(chunked.step_lengths, oracle[:4], strict=True)):
+        assert steps[1:-1] == rounds[:-1], f"prompt {index}"
 
 
-@pytest.mark.parametrize("extra", [{"draft_sample_method": "probabilistic"}, {"rejection_sample_method": "block"}])
-def test_other_samplers_are_lossless(extra, prompts, plain, tmp_path):
-    """Draft probabilities handed to the rejection sampler, and block verification: at temperature 0, the same text."""
+def test_tensor_parallel(prompts, plain, tmp_path):
+    """Every rank finds the likeliest token of its part of the vocabulary, and they agree on the best."""
+    run = RUN | {"name": "tp2", "prompts": prompts[:3]}
+    llm = BASE | dflash() | {"tensor_parallel_size": 2}
+    tp2 = run_engine(tmp_path, llm, [run], runner="V2", VLLM_CPU_OMP_THREADS_BIND="0|1")["tp2"]
+    assert tp2.token_ids == plain[:3]
+    assert tp2.acceptance_length > 1.5
+
+
+def test_block_verification_is_lossless(prompts, plain, tmp_path):
+    """vLLM's other rejection sampler, which accepts or rejects a block as a whole. (Draft probabilities need a GPU: the
+    interpreter cannot run vLLM's Gumbel kernel.)"""
     run = RUN | {"name": "run", "prompts": prompts[:4]}
-    got = run_engine(tmp_path, BASE | dflash(**extra), [run], runner="V2")["run"]
+    got = run_engine(tmp_path, BASE | dflash(rejection_sample_method="block"), [run], runner="V2")["run"]
     assert got.token_ids == plain[:4]
-    assert got.counters["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert got.acceptance_length > 1.5

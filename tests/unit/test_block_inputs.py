@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dflash.proposer.block_inputs import block_inputs, context_rows
-from vllm_dflash.proposer.step import BlockInputs, StepInputs
+from vllm_dflash.proposer.step import AnchorSource, BlockInputs, StepInputs
 
 MASK, LIMIT = 99, 1000  # mask token id; a max_model_len out of reach
 NOTHING = -1  # the slot that writes nothing
@@ -195,6 +195,36 @@ def test_host_bound_grows_by_the_block() -> None:
     assert bound is not None
     assert bound.tolist() == [11]
     assert block_inputs(PREFILL, (4,), 3, MASK, LIMIT).seq_lens_upper_bound is None
+
+
+# Four requests in rows 5, 0, 3 and 2 of a state of six. The second and the last are in mid-prefill: nothing was
+# sampled, and what they sampled last is another request's.
+ANCHORS = AnchorSource(
+    state_index=torch.tensor([5, 0, 3, 2], dtype=torch.int32),
+    num_sampled=torch.tensor([1, 0, 4, 0], dtype=torch.int32),
+    last_sampled=torch.tensor([[60], [61], [62], [63], [64], [65]], dtype=torch.int64),
+    next_prompt_token=torch.tensor([70, 71, 72, 73, 74, 75], dtype=torch.int32),
+)
+
+
+def test_anchors_from_a_runners_state() -> None:
+    assert ANCHORS.gather().tolist() == [65, 70, 63, 72]
+
+
+def test_block_with_anchors_from_a_runners_state() -> None:
+    """The same block as with anchors that were gathered before."""
+    tables = [[2, 4, 0], [6, 1, 9], [3, 5, 0], [7, 8, 0]]
+    gathered = make_step(
+        [4, 5, 6, 5, 6, 7, 0, 3], [0, 3, 6, 7, 8], [7, 8, 1, 4], [0, 1, 0, 0], [65, 70, 63, 72], tables
+    )
+    block = block_inputs(replace(gathered, anchors=ANCHORS), (4,), 2, MASK, LIMIT)
+    assert block.input_ids.tolist() == [65, MASK, MASK, 70, MASK, MASK, 63, MASK, MASK, 72, MASK, MASK]
+    assert block.input_ids.dtype == torch.int32
+    expected = block_inputs(gathered, (4,), 2, MASK, LIMIT)
+    assert block.positions.tolist() == expected.positions.tolist()
+    assert block_slots(block) == block_slots(expected)
+    assert block.query_start_loc.tolist() == [0, 3, 6, 9, 12]
+    assert block.seq_lens.tolist() == [10, 10, 4, 7]
 
 
 def test_inputs_are_left_as_they_were() -> None:

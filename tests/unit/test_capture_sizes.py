@@ -35,8 +35,8 @@ ROWS = 16  # of a request: the anchor and K drafts
         (33, [*range(1, 33), 33]),
         (40, [*range(1, 33), 34, 36, 38, 40]),
         (41, [*range(1, 33), 34, 36, 38, 40, 41]),
-        # steps of 2 up to 48, of 3 from there
-        (64, [*range(1, 33), 34, 36, 38, 40, 42, 44, 46, 48, 51, 54, 57, 60, 63, 64]),
+        (64, [*range(1, 33), 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64]),
+        (90, [*range(1, 33), *range(34, 64, 2), 64, 68, 72, 76, 80, 84, 88, 90]),
     ],
 )
 def test_request_counts(max_num_seqs: int, expected: list[int]) -> None:
@@ -50,6 +50,10 @@ def test_neighbouring_counts_are_within_a_sixteenth() -> None:
         assert (counts[0], counts[-1]) == (1, max_num_seqs)
         steps = zip(counts, counts[1:], strict=False)
         assert all(after - before == 1 or 16 * (after - before) <= before for before, after in steps)
+
+
+def test_powers_of_two_are_captured() -> None:
+    assert {1, 2, 4, 8, 16, 32, 64, 128, 256, 512} <= set(request_counts(1000))
 
 
 def test_large_batches_need_few_graphs() -> None:
@@ -186,7 +190,7 @@ def test_without_graphs_there_are_no_sizes(target: str, drafter: str) -> None:
 def test_a_full_batch_that_is_never_scheduled_whole(target: str, drafter: str, warnings: list[str]) -> None:
     """1000 rows are 62 requests and 8 rows."""
     sizes = chosen(graphs_wanted(target, ours(drafter), max_num_seqs=128, max_num_batched_tokens=1000))
-    assert {count * ROWS for count in [*range(1, 33), 48, 51, 60, 62]} <= set(sizes)
+    assert {count * ROWS for count in [*range(1, 33), 48, 50, 60, 62]} <= set(sizes)
     assert max(sizes) == 62 * ROWS
     (warning,) = warnings
     assert "--max-num-seqs 128 has 2048 rows (16 a request)" in warning

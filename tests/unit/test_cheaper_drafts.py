@@ -120,10 +120,9 @@ def test_an_outlier_spoils_its_own_row_only() -> None:
 
 
 def filled(layer: nn.Module) -> nn.Module:
-    """With random weights, as a loader leaves it. A fresh layer's are whatever the memory held."""
+    """With random weights. A fresh layer's are whatever the memory held."""
     for parameter in layer.parameters():
         parameter.data.normal_()
-    layer.quant_method.process_weights_after_loading(layer)
     return layer
 
 
@@ -207,6 +206,13 @@ def test_the_compiler_is_told_the_right_shape() -> None:
 
 # The LM head.
 
+
+def loaded(head: nn.Module) -> nn.Module:
+    """With random weights, as a loader leaves it."""
+    filled(head).quant_method.process_weights_after_loading(head)
+    return head
+
+
 IDS = [2, 5, 17, 40, 41, 63, 64, 95]
 
 
@@ -218,14 +224,14 @@ def draft_model(vllm_config: VllmConfig, head: nn.Module | None = None, bias: bo
     model.register_buffer("draft_id_to_target_id", None, persistent=False)
     with set_current_vllm_config(vllm_config):
         model.logits_processor = LogitsProcessor(96)
-        model.lm_head = head or filled(ParallelLMHead(96, 48, bias=bias))
+        model.lm_head = head or loaded(ParallelLMHead(96, 48, bias=bias))
     return model
 
 
 def tied(vllm_config: VllmConfig) -> nn.Module:
     """An embedding that is the LM head, too."""
     with set_current_vllm_config(vllm_config):
-        return filled(VocabParallelEmbedding(96, 48))
+        return loaded(VocabParallelEmbedding(96, 48))
 
 
 @pytest.mark.parametrize("make_head", [lambda config: None, tied], ids=["own", "tied"])

@@ -59,12 +59,13 @@ def set_cudagraph_sizes(self: VllmConfig) -> None:
 
 
 def request_counts(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: every one up to 32, then in steps of a sixteenth, and the largest.
+    """Batch sizes to capture: every one up to 32, 16 for each doubling from there, and the largest.
 
-    Example: 40 gives 1, 2, ..., 32, 34, 36, 38, 40.
+    Powers of two are among them, whose products fit the GPU's tiles. Example: 40 gives 1, 2, ..., 32, 34, 36, 38, 40.
     """
     counts, count = [], 1
     while count < max_num_seqs:
         counts.append(count)
-        count += max(1, count // _FINENESS)
+        octave = 1 << (count.bit_length() - 1)  # the largest power of two up to count
+        count += max(1, octave // _FINENESS)
     return [*counts, max_num_seqs]

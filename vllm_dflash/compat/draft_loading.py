@@ -14,7 +14,6 @@ from vllm.model_executor.model_loader.utils import get_draft_load_config, initia
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_dflash.compat.ownership import draft_vocabulary
-from vllm_dflash.compat.pipeline_parallel import ensure_embedding
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.logs import logger
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
@@ -29,8 +28,6 @@ def load_draft_model(vllm_config: VllmConfig, dflash: DFlashConfig, target_model
     """The drafter with its weights and the target's tables, as the user's options want it. Raises ValueError."""
     model = _load_weights(vllm_config, dflash)
     target = target_model.get_language_model() if hasattr(target_model, "get_language_model") else target_model
-    if model.embed_tokens is None:
-        ensure_embedding(target, vllm_config)
     model.share_with_target(target.embed_input_ids, target.lm_head)
     token_ids = draft_vocabulary(vllm_config)
     if token_ids is not None:

@@ -340,6 +340,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Options of vLLM's that the V2 adapter cannot honour. Raises ValueError naming the flag."""
     parallel = vllm_config.parallel_config
     for flag, size in (
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
     ):

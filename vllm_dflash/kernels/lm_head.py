@@ -19,6 +19,7 @@ from vllm_dflash.kernels.skinny_linear import (
     Tile,
     block_rows,
     check_operands,
+    choose_tile,
     stream_product,
     weight_rows,
 )
@@ -28,11 +29,12 @@ _BLOCK_TILES = 1024
 
 
 def choose_head_tile(num_rows: int, weight_dtype: torch.dtype) -> Tile:
-    """The tile for [num_rows, K] x [V, K], V being large. Measured on an H200 with benchmarks/draft_kernels.py."""
+    """The tile for [num_rows, K] x [V, K], V being large. Measured on an H200."""
     if weight_dtype == torch.float32:
         return Tile(block_n=32, block_k=32)
-    stages = 3 if num_rows <= 64 else 2
-    return Tile(128, 256 // weight_dtype.itemsize, 1, 4, stages, weights_left=weight_dtype.itemsize > 1)
+    if weight_dtype == torch.float8_e4m3fn:
+        return choose_tile(num_rows, 1 << 16, 1, weight_dtype)
+    return Tile(128, 128, num_stages=3) if num_rows <= 64 else Tile(128, 64, num_warps=8, num_stages=4)
 
 
 def argmax_linear(

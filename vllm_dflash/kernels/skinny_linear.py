@@ -44,14 +44,18 @@ class Tile:
 
 
 def choose_tile(num_rows: int, n: int, k: int, weight_dtype: torch.dtype) -> Tile:
-    """The tile for [num_rows, k] x [n, k]. Measured on an H200 with benchmarks/draft_kernels.py.
+    """The tile for [num_rows, k] x [n, k]. Measured on an H200, for the shapes of an 8B target's drafter.
 
     What decides is that all programs fit the device at once, each with 64 KiB and more of weights in flight.
     """
     if weight_dtype == torch.float32:
         return Tile(block_n=32, block_k=32)
     if weight_dtype == torch.float8_e4m3fn:
-        return Tile(128, 256, _split_k(n, 128, k, 256), num_stages=3 if num_rows <= 64 else 2, weights_left=False)
+        if num_rows <= 32:
+            return Tile(128, 256, _split_k(n, 128, k, 256), num_stages=3, weights_left=False)
+        # More rows and as wide a step would spill registers.
+        block_k = 128 if num_rows <= 64 else 64
+        return Tile(128, block_k, _split_k(n, 128, k, block_k), num_warps=8, num_stages=4, weights_left=False)
     if n >= _FULL_GRID * 128:
         return Tile(block_n=128, block_k=64, num_stages=4)
     if n < _FULL_GRID * 40:
