@@ -7,6 +7,9 @@ are small and texts short.
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -48,13 +51,17 @@ def v2(prompts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracle(prompts):
+    return oracle_rounds(DRAFTER, prompts)
+
+
+def oracle_rounds(drafter, prompts):
     """Every round's acceptance length of plain `spec_generate` on Transformers, fp32."""
     from transformers import AutoModelForCausalLM
 
     from vllm_dflash.hf import DFlashDraftModel
 
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-    draft = DFlashDraftModel.from_pretrained(str(DRAFTER), dtype=torch.float32).eval()
+    draft = DFlashDraftModel.from_pretrained(str(drafter), dtype=torch.float32).eval()
     return [
         draft.spec_generate(
             input_ids=torch.tensor([prompt]), target=target, max_new_tokens=MAX_TOKENS, return_stats=True
@@ -99,6 +106,33 @@ def test_chunked_prefill(prompts, plain, oracle, tmp_path):
     assert chunked.acceptance_length > 1.5
     for index, (steps, rounds) in enumerate(zip(chunked.step_lengths, oracle[:4], strict=True)):
         assert steps[1:-1] == rounds[:-1], f"prompt {index}"
+
+
+def test_preemption(prompts, plain, tmp_path):
+    """A cache far too small for the batch: requests lose their blocks midway and start over."""
+    run = RUN | {"name": "preempted", "prompts": prompts}
+    llm = BASE | dflash() | {"num_gpu_blocks_override": 14, "block_size": 32, "max_model_len": 384}
+    preempted = run_engine(tmp_path, llm, [run], runner="V2")["preempted"]
+    assert preempted.counters["vllm:num_preemptions"] > 0
+    assert drafted(preempted)
+    assert preempted.token_ids == plain
+
+
+def test_sliding_and_full_layers(prompts, plain, oracle, tmp_path):
+    """The shipped drafter, told to look back only 24 rows in its first layer."""
+    drafter = tmp_path / "drafter"
+    shutil.copytree(DRAFTER, drafter)
+    config = json.loads((drafter / "config.json").read_text())
+    layers = ["sliding_attention"] + ["full_attention"] * (config["num_hidden_layers"] - 1)
+    config |= {"layer_types": layers, "use_sliding_window": True, "sliding_window": 24}
+    (drafter / "config.json").write_text(json.dumps(config))
+    run = RUN | {"name": "run", "prompts": prompts[:4]}
+    got = run_engine(tmp_path, BASE | dflash(drafter), [run], runner="V2")["run"]
+    rounds = oracle_rounds(drafter, prompts[:4])
+    assert rounds != oracle[:4], "the window changes nothing"
+    assert got.token_ids == plain[:4]
+    for index, steps in enumerate(got.step_lengths):
+        assert steps[1:-1] == rounds[index][:-1], f"prompt {index}"
 
 
 def test_tensor_parallel(prompts, plain, tmp_path):

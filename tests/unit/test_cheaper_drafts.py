@@ -32,6 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from tests.helpers import drafter_config
 from tests.numerics import assert_as_close_as_baseline
 from vllm_dflash.config import DFlashConfig
+from vllm_dflash.model_executor import fp8_weights
 from vllm_dflash.model_executor import reduced_head as module
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
 from vllm_dflash.model_executor.fp8_weights import Fp8RowsMethod, quantize_rows, use_fp8_weights, weight_and_scale
@@ -362,3 +363,19 @@ def test_a_quantized_head(vllm_config: VllmConfig, weight: torch.Tensor | None) 
 
 class SomeQuantizedMethod:
     """What a quantized layer multiplies with."""
+
+
+def test_a_device_without_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def platform(capable: bool) -> Any:
+        return SimpleNamespace(
+            is_cpu=lambda: False,
+            is_cuda=lambda: True,
+            has_device_capability=lambda capability: capable and capability == 89,
+            get_device_name=lambda: "NVIDIA A100",
+        )
+
+    monkeypatch.setattr(fp8_weights, "current_platform", platform(capable=True))
+    fp8_weights.check_fp8_device()
+    monkeypatch.setattr(fp8_weights, "current_platform", platform(capable=False))
+    with pytest.raises(ValueError, match='"draft_weights" = "fp8" needs .* 8.9 or later, and this is NVIDIA A100'):
+        fp8_weights.check_fp8_device()

@@ -31,7 +31,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm_dflash.config import DFlashConfig, LayerAttention
 from vllm_dflash.model_executor.caches import CACHE_DTYPES, CACHE_LAYOUT_BACKENDS
 from vllm_dflash.model_executor.context_kv import ContextKV
-from vllm_dflash.model_executor.fp8_weights import use_fp8_weights
+from vllm_dflash.model_executor.fp8_weights import check_fp8_device, use_fp8_weights
 from vllm_dflash.model_executor.weights import load_draft_weights
 from vllm_dflash.options import DFlashOptions
 
@@ -221,6 +221,7 @@ class DFlashDraftModel(nn.Module):
             raise ValueError(
                 f'{self.config.source} is quantized already: leave out --additional-config\'s "dflash": "draft_weights"'
             )
+        check_fp8_device()
         use_fp8_weights(self.backbone)
         use_fp8_weights(self.context_kv)
 

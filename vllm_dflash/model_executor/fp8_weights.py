@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_dflash.kernels.skinny_linear import skinny_linear
@@ -30,6 +31,16 @@ def quantize_rows(
     scale = weight.abs().amax(dim=1).float().clamp(min=1e-12) / largest
     scaled = (weight.float() / scale[:, None]).clamp(-largest, largest)
     return scaled.to(_FP8), scale
+
+
+def check_fp8_device() -> None:
+    """Raise ValueError on a device that cannot multiply FP8 numbers."""
+    if current_platform.is_cpu() or (current_platform.is_cuda() and current_platform.has_device_capability(89)):
+        return
+    raise ValueError(
+        '--additional-config\'s "dflash": "draft_weights" = "fp8" needs an NVIDIA GPU of compute capability 8.9 or '
+        f"later, and this is {current_platform.get_device_name()}"
+    )
 
 
 def use_fp8_weights(module: nn.Module) -> None:
