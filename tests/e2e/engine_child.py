@@ -3,9 +3,9 @@
 
     python engine_child.py JOB.json RESULT.json
 
-The job: {"llm": LLM arguments, "plant_bias": added logit or 0,
-"runs": [{"name", "prompts": [[ids]], "max_tokens", "temperature", "concurrent": bool, "logprobs"?}]}. The result: per
-run the token ids and, step by step, how many tokens each request gained; and vLLM's counters over the whole run.
+The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens": of
+all or of each, "temperature", "concurrent": bool}]}. The result: per run the token ids and, step by step,
+how many tokens each request gained; and vLLM's counters over the whole run.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> tuple[l
     from vllm import SamplingParams
 
     names = [f"{run['name']}-{index}" for index in range(len(prompts))]
+    lengths = run["max_tokens"] if isinstance(run["max_tokens"], list) else [run["max_tokens"]] * len(prompts)
     for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
         params = SamplingParams(
             temperature=run.get("temperature", 0.0),
-            max_tokens=run["max_tokens"],
+            max_tokens=lengths[index],
             ignore_eos=True,
             detokenize=False,
             **({"seed": run["seed"] + index} if "seed" in run else {}),

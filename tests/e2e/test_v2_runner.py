@@ -118,6 +118,20 @@ def test_preemption(prompts, plain, tmp_path):
     assert preempted.token_ids == plain
 
 
+def test_drafts_by_batch_size(prompts, plain, tmp_path):
+    """No drafts while three or four requests run, drafts again when fewer do: no context was missed meanwhile."""
+    lengths = [24, 24, MAX_TOKENS, MAX_TOKENS]
+    runs = [RUN | {"name": "run", "prompts": prompts[:4], "max_tokens": lengths}]
+    schedule = [[1, 2, 15], [3, 8, 0]]
+    llm = BASE | dflash(num_speculative_tokens=15, num_speculative_tokens_per_batch_size=schedule)
+    got = run_engine(tmp_path, llm, runs, runner="V2")["run"]
+    assert got.token_ids == [ids[:length] for ids, length in zip(plain, lengths, strict=False)]
+    for steps in got.step_lengths[:2]:
+        assert max(steps) == 1
+    for steps in got.step_lengths[2:]:
+        assert set(steps[:20]) == {1} and max(steps[24:]) > 1
+
+
 def test_sliding_and_full_layers(prompts, plain, oracle, tmp_path):
     """The shipped drafter, told to look back only 24 rows in its first layer."""
     drafter = tmp_path / "drafter"
