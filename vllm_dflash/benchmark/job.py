@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_dflash.benchmark.metrics import AcceptanceCounts, tokens_per_second
 
@@ -24,6 +25,7 @@ class EngineJob:
     drafter: None runs without speculation; num_speculative_tokens must be given exactly if it is.
     chat: whether prompts go through the target's chat template; None decides by whether it has one.
     warm_up: run the first prompt once, untimed, before the others.
+    additional_config: vLLM's option of that name, which holds the plugin's under "dflash".
     """
 
     target: str
@@ -35,6 +37,7 @@ class EngineJob:
     temperature: float = 0.0
     chat: bool | None = False
     warm_up: bool = False
+    additional_config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

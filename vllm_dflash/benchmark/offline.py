@@ -53,6 +53,7 @@ def start_engine(job: EngineJob) -> tuple[LLM, SamplingParams]:
         enable_prefix_caching=False,
         disable_log_stats=False,  # or there are no counters to read
         speculative_config=speculation,
+        additional_config=job.additional_config or {},
     )
     return llm, SamplingParams(temperature=job.temperature, max_tokens=job.max_tokens)
 
