@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "models" / "tiny-python"
 TARGET, DRAFTER = PAIR / "target", PAIR / "drafter"
 CHILD = Path(__file__).with_name("engine_child.py")
-_V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-#: vLLM's Triton kernels in the interpreter, which torch.compile cannot look into.
-_V2 = {
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(ROOT / "tests" / "interpreter_site"),
-    "TORCHDYNAMO_DISABLE": "1",
+#: What chooses the runner. On a CPU, V2 runs in Triton's interpreter, which torch.compile cannot look into.
+RUNNERS = {
+    "V1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    "V2": {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": str(ROOT / "tests" / "interpreter_site"),
+        "TORCHDYNAMO_DISABLE": "1",
+    },
+    "V2 on a GPU": {"VLLM_USE_V2_MODEL_RUNNER": "1"},
 }
 #: The command a user types.
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -64,7 +67,7 @@ def run_engine(
 ) -> dict[str, Run]:
     """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails.
 
-    The V2 runner, which is made of Triton kernels, runs in Triton's interpreter.
+    `runner` is one of RUNNERS.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
@@ -75,7 +78,7 @@ def run_engine(
     with log.open("w") as stream:
         done = subprocess.run(
             [sys.executable, str(CHILD), str(job), str(result)],
-            env=environment(**(_V2 if runner == "V2" else _V1), **one_process, **env),
+            env=environment(**RUNNERS[runner], **one_process, **env),
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
