@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The child of decode_gpu.py: an engine that answers the parent's requests."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Any
+
+from gpu.decode.batch import run_batch, steady_region
+from gpu.decode.draft_graph import time_draft_graph
+from gpu.decode.trace import Trace
+from gpu.engine_child import start_engine
+from gpu.engine_inside import drafter_of, model_runner, read_counters
+from gpu.names import Record
+
+
+def serve(connection: Connection) -> None:
+    """Start an engine, then answer requests until the parent is gone."""
+    llm, _ = start_engine(connection)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        connection.send(answer(llm, request))
+
+
+def answer(llm: Any, request: Record) -> Record:
+    """Run one batch of prompts to its end: token ids, and what a step of the steady region took."""
+    if "draft_graph" in request:
+        return time_draft_graph(llm, request["draft_graph"])
+    counters = request["counters"] and drafter_of(model_runner(llm)) is not None
+    before = read_counters(llm) if counters else (0, 0)
+    trace = Trace(llm, request["trace"]) if request.get("trace") else None
+    steps, token_ids = run_batch(llm, request["prompts"], request["max_tokens"], trace.step if trace else None)
+    result: Record = {"token_ids": token_ids} | steady_region(steps, len(request["prompts"]))
+    if counters:
+        drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
+        result |= {"drafts": drafts, "accepted": accepted}
+    return result | ({"profile": trace.summary()} if trace else {})

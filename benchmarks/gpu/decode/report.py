@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of decode_gpu.py, in markdown."""
+
+from __future__ import annotations
+
+import statistics
+
+from gpu.decode.prompts import TAIL
+from gpu.decode.trace import profile_table
+from gpu.decode.workload import Workload
+from gpu.names import ENGINES, LABELS, NONE, OURS, OWN, Record
+
+
+def markdown(workload: Workload, result: Record) -> str:
+    """The whole report of a run, as far as it came."""
+    args = workload.args
+    names = [name for name in ENGINES if name in args.engines]
+    lines = heading(workload, result)
+    lines += [engine_line(name, result["engines"][name]) for name in names if name in result["engines"]]
+    for context in args.contexts:
+        points = [point for point in result["points"] if point["context"] == context]
+        if points:
+            lines += ["", *context_table(workload, names, context, points)]
+    if result["draft_graphs"]:
+        lines += ["", *draft_graph_table(result["draft_graphs"])]
+    for profile in result["profiles"]:
+        lines += ["", "```", profile_table(profile), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def heading(workload: Workload, result: Record) -> list[str]:
+    args = workload.args
+    kind = "real acceptance" if args.real else f"acceptance length fixed at {args.acceptance}"
+    model = f"The pair in `{args.pair}`" if args.pair else "Qwen3-8B's shape, a 5-layer drafter, random weights"
+    return [
+        f"# Decode steps on {result['hardware']}",
+        "",
+        f"{result['date']}, {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
+        f"{model}, K = {workload.k}, {kind}, greedy, {args.output_tokens} tokens out, {args.rounds} rounds in turn.",
+        "",
+        f"    {result['command']}",
+        "",
+    ]
+
+
+def engine_line(name: str, facts: Record) -> str:
+    sizes = facts["capture_sizes"]
+    graphs = f"CUDA graphs {facts['cudagraph_mode']} up to {max(sizes)} rows" if sizes else "no CUDA graphs"
+    drafter = f", drafting with `{facts['drafter']}`" if facts["drafter"] else ""
+    start = f"up in {facts['seconds']} s"
+    return f"- {LABELS[name]}: {facts['runner']} runner, {facts['attention']}, {graphs}{drafter}; {start}"
+
+
+def context_table(workload: Workload, names: list[str], context: int, points: list[Record]) -> list[str]:
+    """One markdown table: a row for each number of requests."""
+    shared = f" All but the last {TAIL} tokens of the prompts are shared, through the prefix cache."
+    ratio = {OWN, OURS} <= set(names)
+    heads = ["requests", *(f"{LABELS[name]}: ms/step, tokens/s" for name in names)]
+    heads += ["step: ours / vLLM's own (min-max)"] if ratio else []
+    heads += [f"{LABELS[name]} to no speculation" for name in names if name != NONE and NONE in names]
+    heads += ["acceptance length", "differing outputs"] if workload.args.real else []
+    lines = [f"**{context} tokens in.**{shared if workload.shares(context) else ''} Medians over the rounds.", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "--:|" * len(heads)]
+    lines += ["| " + " | ".join(point_cells(workload, names, point)) + " |" for point in points]
+    note = ["", "`*`: too few steps with all requests running, so steps of the end are in it."]
+    return lines + (note if any("*" in line for line in lines[4:]) else [])
+
+
+def point_cells(workload: Workload, names: list[str], point: Record) -> list[str]:
+    count, rounds = point["requests"], point["rounds"]
+    rates = {name: [rate(workload, name, answers, count) for answers in rounds] for name in names}
+    cells = [str(count)]
+    for name in names:
+        step = statistics.median(answers[name]["ms_step"] for answers in rounds)
+        short = "" if all(answers[name]["steady"] for answers in rounds) else "*"
+        cells.append(f"{step:.2f}{short}, {statistics.median(rates[name]):.0f}")
+    if {OWN, OURS} <= set(names):
+        ratios = [answers[OURS]["ms_step"] / answers[OWN]["ms_step"] for answers in rounds]
+        cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+    if NONE in names:
+        for name in names[1:]:
+            ratios = [mine / none for mine, none in zip(rates[name], rates[NONE], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f}")
+    if workload.args.real:
+        cells += [real_lengths(names, rounds), f"{point['differing']} of {point['compared']}"]
+    return cells
+
+
+def rate(workload: Workload, name: str, answers: dict[str, Record], count: int) -> float:
+    """Tokens per second in the steady region; with synthetic acceptance, at exactly that acceptance."""
+    measured = workload.args.real or name == NONE
+    length = answers[name]["length"] if measured else workload.args.acceptance
+    return 1000 * count * length / answers[name]["ms_step"]
+
+
+def real_lengths(names: list[str], rounds: list[dict[str, Record]]) -> str:
+    """Acceptance lengths by vLLM's counters, pooled over the rounds: own and ours read the same text, so they agree."""
+    lengths = {}
+    for name in names:
+        drafts = sum(answers[name].get("drafts", 0) for answers in rounds)
+        if drafts:
+            lengths[name] = 1 + sum(answers[name]["accepted"] for answers in rounds) / drafts
+    text = ", ".join(f"{name} {length:.3f}" for name, length in lengths.items())
+    if len(lengths) == 2 and abs(lengths[OURS] / lengths[OWN] - 1) > 0.03:
+        text += " (APART)"
+    return text
+
+
+def draft_graph_table(records: list[Record]) -> list[str]:
+    """The drafting step's graph, replayed by itself, beside the time in which its weights can be read."""
+    lines = ["**The drafting step's CUDA graph**, replayed 50 times. Its floor: its weights at copy bandwidth.", ""]
+    lines += ["| requests | engine | ms | weights, GB | copy, TB/s | to its floor |", "|--:|--|--:|--:|--:|--:|"]
+    for record in records:
+        floor = record["weight_bytes"] / record["copy_bytes_per_second"] * 1000
+        lines.append(
+            f"| {record['requests']} | {LABELS[record['engine']]} | {record['ms']:.3f} | "
+            f"{record['weight_bytes'] / 1e9:.2f} | {record['copy_bytes_per_second'] / 1e12:.2f} | "
+            f"{record['ms'] / floor:.2f} |"
+        )
+    return lines
