@@ -108,21 +108,10 @@ class V1Adapter(SpecDecodeBaseProposer):
         num_reqs = max(1, min(num_tokens // num_query_rows, self.max_batch_size))
         width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
         features = torch.zeros(num_tokens, width, dtype=self.dtype, device=self.device)
-        num_rows = num_reqs * num_query_rows
-        zeros = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        block = BlockInputs(
-            input_ids=zeros.int(),
-            positions=zeros,
-            slot_mappings=(),
-            query_start_loc=torch.arange(num_reqs + 1, device=self.device) * num_query_rows,
-            seq_lens=zeros[:num_reqs],
-            num_query_rows=num_query_rows,
-            block_tables=(),
-            max_seq_len=num_query_rows,
-        )
+        block = BlockInputs.made_up(num_reqs, num_query_rows, self.device)
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         with torch.inference_mode():
-            self.proposer.profile(features, positions, block, self._num_tokens_across_dp(num_rows))
+            self.proposer.profile(features, positions, block, self._num_tokens_across_dp(num_reqs * num_query_rows))
 
     def _num_tokens_across_dp(self, num_tokens: int) -> torch.Tensor | None:
         """Row counts of all data-parallel ranks. A collective: every rank takes part in every step."""

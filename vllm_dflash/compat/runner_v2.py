@@ -161,7 +161,7 @@ class V2Adapter(DraftModelSpeculator):
             num_rejected=num_rejected,
             anchors=AnchorSource(input_batch.idx_mapping, num_sampled, last_sampled, next_prefill_tokens[0]),
             block_tables=self.staged.block_tables,
-            max_seq_len=int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max()),
+            max_seq_len=self.max_model_len,
         )
         desc, sync = self._dispatch(num_reqs, dp_sync_state, is_profile)
         num_reqs_padded = desc.num_reqs if desc.cg_mode == CUDAGraphMode.FULL and desc.num_reqs else num_reqs
@@ -173,10 +173,10 @@ class V2Adapter(DraftModelSpeculator):
         if num_speculative_tokens == 0:
             self._inject_from(aux_hidden_states, 0, num_rows)
         elif desc.cg_mode == CUDAGraphMode.FULL:
-            self._replay(desc, input_batch, aux_hidden_states, step.max_seq_len, in_graph)
+            self._replay(desc, input_batch, aux_hidden_states, in_graph)
         else:
             self._inject_from(aux_hidden_states, 0, num_rows)
-            block = self._block(input_batch, num_reqs, step.max_seq_len)
+            block = self._block(input_batch, num_reqs)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
             self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
         return self.draft_tokens[:num_reqs]
@@ -186,7 +186,6 @@ class V2Adapter(DraftModelSpeculator):
         desc: BatchExecutionDescriptor,
         input_batch: InputBatch,
         aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
-        max_seq_len: int,
         num_graph_rows: int,
     ) -> None:
         """Run the captured step. Context rows beyond the graph's, a prefill's, are injected first."""
@@ -197,7 +196,7 @@ class V2Adapter(DraftModelSpeculator):
         torch.cat([states[:inside] for states in aux_hidden_states], dim=-1, out=self._graph_features()[:inside])
         if not self.supports_decode_metadata_update:
             # Some builders keep what the graph reads in buffers of their own, which this fills.
-            self._build_metadata(self._block(input_batch, desc.num_reqs, max_seq_len))
+            self._build_metadata(self._block(input_batch, desc.num_reqs))
         self.graphs.run_fullgraph(desc)
 
     def _inject_from(
@@ -211,12 +210,12 @@ class V2Adapter(DraftModelSpeculator):
             features = torch.cat([states[start:end] for states in aux_hidden_states], dim=-1)
             self.proposer.inject(features, self.staged.context_rows(start, end))
 
-    def _block(self, input_batch: InputBatch, num_reqs: int, max_seq_len: int) -> BlockInputs:
+    def _block(self, input_batch: InputBatch, num_reqs: int) -> BlockInputs:
         num_query_rows = self.num_query_per_req
         bound = torch.zeros(num_reqs, dtype=torch.int32)
         real = input_batch.num_reqs
         bound[:real] = (input_batch.seq_lens_cpu_upper_bound[:real] + num_query_rows).clamp(max=self.max_model_len)
-        return self.staged.block(num_reqs, min(max_seq_len + num_query_rows, self.max_model_len), bound)
+        return self.staged.block(num_reqs, int(bound.max()), bound)
 
     def _build_metadata(self, block: BlockInputs) -> dict[str, Any]:
         return self.attention.build(block, lambda group, common: group.build_metadata(common))
@@ -247,21 +246,10 @@ class V2Adapter(DraftModelSpeculator):
     ) -> torch.Tensor:
         """The arithmetic of a step before there are caches: for memory profiling."""
         features = torch.cat([states[:num_rows] for states in aux_hidden_states], dim=-1)
-        zeros = torch.zeros(max(num_rows, num_reqs * self.num_query_per_req), dtype=torch.int64, device=self.device)
-        num_query_rows = num_reqs * self.num_query_per_req
-        block = BlockInputs(
-            input_ids=zeros[:num_query_rows].int(),
-            positions=zeros[:num_query_rows],
-            slot_mappings=(),
-            query_start_loc=torch.arange(num_reqs + 1, device=self.device) * self.num_query_per_req,
-            seq_lens=zeros[:num_reqs],
-            num_query_rows=self.num_query_per_req,
-            block_tables=(),
-            max_seq_len=self.num_query_per_req,
-        )
-        self._keep(
-            self.proposer.profile(features, zeros[:num_rows], block, self._same_on_every_dp_rank(num_query_rows))
-        )
+        positions = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        block = BlockInputs.made_up(num_reqs, self.num_query_per_req, self.device)
+        num_tokens_across_dp = self._same_on_every_dp_rank(num_reqs * self.num_query_per_req)
+        self._keep(self.proposer.profile(features, positions, block, num_tokens_across_dp))
         return self.draft_tokens[:num_reqs]
 
     # Sampling.

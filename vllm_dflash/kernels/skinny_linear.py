@@ -23,6 +23,8 @@ import torch
 from torch.nn import functional as F
 from vllm.triton_utils import tl, triton
 
+#: Up to here a product is bound by reading its weights; above, by arithmetic, and cuBLAS is as fast.
+MAX_SKINNY_ROWS = 64
 #: Programs that fill an H200 (132 SMs) once.
 _FULL_GRID = 120
 #: Tiles of one launch that can share their counters.

@@ -29,9 +29,7 @@ from vllm_dflash.model_executor.fp8_weights import Fp8RowsMethod, weight_and_sca
 if TYPE_CHECKING:
     from vllm_dflash.model_executor.draft_model import DFlashAttention, DFlashDraftModel
 
-#: Up to here the products are bound by their weights; above, cuBLAS is as fast.
-MAX_FAST_ROWS = 64
-#: The same for context rows, whose two products are cuBLAS's strong shapes.
+#: Context rows up to here go the fast way; their two products are cuBLAS's strong shapes, so that this is earlier.
 MAX_FAST_CONTEXT_ROWS = 16
 
 

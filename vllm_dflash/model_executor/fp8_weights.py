@@ -16,11 +16,9 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_dflash.kernels.skinny_linear import skinny_linear
+from vllm_dflash.kernels.skinny_linear import MAX_SKINNY_ROWS, skinny_linear
 
 _FP8 = torch.float8_e4m3fn
-#: Above this many rows a product is bound by arithmetic, not by its weights.
-_MAX_WEIGHT_ONLY_ROWS = 64
 
 
 def quantize_rows(
@@ -87,7 +85,7 @@ def _fp8_linear(
     """One op for the compiler, since how to multiply depends on the number of rows."""
     if not x.is_cuda:
         return F.linear(x, (weight.to(torch.float32) * scale[:, None]).to(x.dtype))
-    if x.shape[0] <= _MAX_WEIGHT_ONLY_ROWS:
+    if x.shape[0] <= MAX_SKINNY_ROWS:
         return skinny_linear(x, weight, weight_scale=scale)
     quantized, row_scale = ops.scaled_fp8_quant(x.contiguous(), use_per_token_if_dynamic=True)
     return ops.cutlass_scaled_mm(quantized, weight.t(), row_scale, scale[None, :], x.dtype)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
+from vllm_dflash.kernels.skinny_linear import MAX_SKINNY_ROWS
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
-from vllm_dflash.model_executor.fast_path import MAX_FAST_ROWS, draft_block, obstacle
+from vllm_dflash.model_executor.fast_path import draft_block, obstacle
 from vllm_dflash.model_executor.injection import Injection
 from vllm_dflash.proposer.block_inputs import block_inputs, context_rows
 from vllm_dflash.proposer.denoise import AttentionMetadataBuilder, denoise
@@ -115,7 +116,7 @@ class DFlashProposer:
         return self.draft(block, None, num_tokens_across_dp)
 
     def _is_fast(self, block: BlockInputs) -> bool:
-        return self.fast_path_obstacle is None and block.input_ids.shape[0] <= MAX_FAST_ROWS
+        return self.fast_path_obstacle is None and block.input_ids.shape[0] <= MAX_SKINNY_ROWS
 
     def _by_layer_name(
         self,

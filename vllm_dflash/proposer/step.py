@@ -72,6 +72,21 @@ class BlockInputs:
     max_seq_len: int  # upper bound of seq_lens, known on the host
     seq_lens_upper_bound: torch.Tensor | None = None  # [R] on the host; the same bound for each request
 
+    @classmethod
+    def made_up(cls, num_reqs: int, num_query_rows: int, device: torch.device) -> BlockInputs:
+        """Rows of the right number and no meaning, without a cache: for memory profiling and warm-up."""
+        zeros = torch.zeros(num_reqs * num_query_rows, dtype=torch.int64, device=device)
+        return cls(
+            input_ids=zeros.int(),
+            positions=zeros,
+            slot_mappings=(),
+            query_start_loc=torch.arange(num_reqs + 1, device=device) * num_query_rows,
+            seq_lens=zeros[:num_reqs],
+            num_query_rows=num_query_rows,
+            block_tables=(),
+            max_seq_len=num_query_rows,
+        )
+
 
 @dataclass(frozen=True)
 class Drafts:
