@@ -81,13 +81,6 @@ def test_scale_decides(device: str) -> None:
     assert run(unit_rows(device, 0), weight.to(FP8), weight_scale=scale) == [9]
 
 
-def test_norm_weight_decides(device: str) -> None:
-    x = torch.ones(1, 16, device=device)
-    norm = torch.arange(16.0, device=device)
-    norm[11] = 100
-    assert run(x, torch.eye(16, device=device), norm_weight=norm) == [11]
-
-
 def test_many_tiles_are_reduced_in_turns(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "_BLOCK_TILES", 4)
     weight = torch.zeros(16 * 11, 16, device=device)
@@ -108,20 +101,20 @@ def test_any_shape_finds_a_largest_logit(device: str, dtype: torch.dtype, weight
     num_query_rows, vocab_size, k = 6, 130, 80
     x = torch.randn(3 * num_query_rows, k, device=device).to(dtype)
     weight = torch.randn(vocab_size, k, device=device).to(dtype if weight_dtype == "same" else FP8)
-    arguments: dict[str, Any] = {"norm_weight": (torch.rand(k, device=device) + 0.5).to(dtype)}
+    arguments: dict[str, Any] = {}
     if weight_dtype == "fp8":
         arguments["weight_scale"] = torch.rand(vocab_size, device=device) + 0.5
     ids = torch.tensor(run(x, weight, tile, num_query_rows=num_query_rows, **arguments), device=device)
     # Rows whose best two logits are clearly apart have one right answer, and these must be nearly all.
-    normed = torch.nn.functional.rms_norm(x.double(), (k,), arguments["norm_weight"].double(), 1e-6)
-    logits = normed.view(3, num_query_rows, k)[:, 1:].flatten(0, 1) @ weight.double().T
+    logits = x.double().view(3, num_query_rows, k)[:, 1:].flatten(0, 1) @ weight.double().T
     logits = logits * arguments["weight_scale"].double() if weight_dtype == "fp8" else logits
     best = logits.topk(2, dim=1)
-    clear = best.values[:, 0] - best.values[:, 1] > 30 * torch.finfo(dtype).eps * logits.abs().max()
+    margin = (30 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps * logits.abs().max()
+    clear = best.values[:, 0] - best.values[:, 1] > margin
     assert clear.sum() >= 8
     assert torch.equal(ids[clear], best.indices[clear, 0])
     chosen = logits.gather(1, ids[:, None])[:, 0]
-    assert (best.values[:, 0] - chosen <= 30 * torch.finfo(dtype).eps * logits.abs().max()).all()
+    assert (best.values[:, 0] - chosen <= margin).all()
 
 
 def test_reference_by_hand(device: str) -> None:

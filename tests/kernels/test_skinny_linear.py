@@ -11,7 +11,15 @@ import torch
 
 from tests.numerics import assert_as_close_as_baseline
 from vllm_dflash.kernels import skinny_linear as module
-from vllm_dflash.kernels.skinny_linear import Tile, choose_tile, reference_skinny_linear, skinny_linear
+from vllm_dflash.kernels.rms_norm import norm_rows
+from vllm_dflash.kernels.skinny_linear import (
+    Tile,
+    choose_tile,
+    new_counters,
+    reference_skinny_linear,
+    skinny_linear,
+    skinny_linear_normed,
+)
 
 UNTOUCHED = 77.0
 FP8 = torch.float8_e4m3fn
@@ -41,11 +49,14 @@ def run(
     x: torch.Tensor,  # [M, K]
     weight: torch.Tensor,  # [N, K]
     columns: int,
+    norm_weight: torch.Tensor | None = None,  # [K]
+    eps: float = 1e-6,
     **arguments: Any,
 ) -> torch.Tensor:
     """The kernel's output, after a check that it wrote all of it and nothing else."""
     out = fenced(torch.full((x.shape[0], columns), UNTOUCHED, dtype=x.dtype, device=x.device), UNTOUCHED)
-    result = skinny_linear(x, weight, out=out, **arguments)
+    normed = x if norm_weight is None else norm_rows(x, norm_weight, eps)
+    result = skinny_linear(normed, weight, out=out, **arguments)
     assert result.data_ptr() == out.data_ptr()
     buffer = out.as_strided((x.shape[0] + 3, columns + 16), (columns + 16, 1))
     assert (buffer[x.shape[0] :] == UNTOUCHED).all() and (buffer[:, columns:] == UNTOUCHED).all(), "written outside"
@@ -138,7 +149,45 @@ def test_any_number_of_rows(device: str, num_rows: int) -> None:
     assert_as_close_as_baseline("rows", got, truth, reference_skinny_linear(x, weight, **arguments))
 
 
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_the_next_norm_is_begun_by_hand(device: str, split_k: int) -> None:
+    # Products [3, 4] and [0, -8] of 2 columns, in tiles of 16: one part of the squares.
+    x, weight = literal(device, [3, 4], [0, -8], width=32), torch.eye(2, 32, device=device)
+    norm = torch.tensor([2.0, 0.5], device=device)
+    out, normed = skinny_linear_normed(x, weight, norm, 0.25, tile=Tile(16, 16, split_k))
+    assert out.tolist() == [[3, 4], [0, -8]]
+    assert normed.rows.tolist() == [[6, 2], [0, -4]]
+    assert normed.squares.tolist() == [[25, 64]] and normed.eps == 0.25
+
+
+@pytest.mark.parametrize("tile", [TILES["whole"], TILES["parts right"]], ids=["whole", "parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_from_norm_to_norm(device: str, dtype: torch.dtype, tile: Tile) -> None:
+    """What one product begins the next one finishes: two layers with a norm between them, against float64."""
+    torch.manual_seed(0)
+    x, residual = (torch.randn(20, n, device=device).to(dtype) for n in (80, 72))
+    first, second = (torch.randn(n, k, device=device).to(dtype) for n, k in ((72, 80), (40, 72)))
+    norm = (torch.rand(72, device=device) + 0.5).to(dtype)
+    states, normed = skinny_linear_normed(x, first, norm, 1e-5, residual=residual, tile=tile)
+    assert normed.squares.shape == (math.ceil(72 / tile.block_n), 20)
+    got = skinny_linear(normed, second, tile=tile)
+
+    def reference(kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b, c, r, n = (value.to(kind) for value in (x, first, second, residual, norm))
+        between = reference_skinny_linear(a, b, residual=r)
+        return between, reference_skinny_linear(between, c, norm_weight=n, eps=1e-5)
+
+    for name, mine, true, plain in zip(
+        ("states", "out"), (states, got), reference(torch.float64), reference(dtype), strict=True
+    ):
+        assert_as_close_as_baseline(name, mine, true, plain)
+
+
 def test_no_rows(device: str) -> None:
+    nothing, norm = skinny_linear_normed(
+        torch.empty(0, 16, device=device), torch.ones(8, 16, device=device), torch.ones(8, device=device), 1e-6
+    )
+    assert nothing.shape == norm.rows.shape == (0, 8)
     assert skinny_linear(torch.empty(0, 16, device=device), torch.ones(8, 16, device=device)).shape == (0, 8)
 
 
@@ -153,8 +202,20 @@ def test_parts_leave_their_counters_as_they_were(device: str) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 64, device=device), torch.randn(40, 64, device=device)
     runs = [skinny_linear(x, weight, tile=Tile(16, 16, split_k=4)) for _ in range(3)]
-    assert not module._counters(x.device).any()
+    assert not module._shared_counters(x.device).any()
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_counters_of_its_own(device: str) -> None:
+    torch.manual_seed(0)
+    x, weight, own = torch.randn(3, 64, device=device), torch.randn(40, 64, device=device), new_counters(device)
+    tile = Tile(16, 16, split_k=4)
+    module._shared_counters(x.device)[:3] = 1  # in the middle of another launch
+    try:
+        got = skinny_linear(x, weight, tile=tile, counters=own)
+    finally:
+        module._shared_counters(x.device).zero_()
+    assert torch.equal(got, skinny_linear(x, weight, tile=tile)) and not own.any()
 
 
 def test_parts_add_up_in_their_order(device: str) -> None:
@@ -175,6 +236,8 @@ def test_aliases_and_shapes_that_cannot_be_are_refused(device: str, silu: bool) 
         skinny_linear(x, weight, silu_and_mul=silu, residual=torch.ones(16, 9, device=device))
     with pytest.raises(AssertionError):
         skinny_linear(x.half(), weight)
+    with pytest.raises(AssertionError):
+        skinny_linear_normed(x, weight, torch.ones(8, device=device), 1e-6)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, FP8])

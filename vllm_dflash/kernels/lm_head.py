@@ -3,8 +3,8 @@
 """The LM head of a greedy draft: the likeliest token of every row, without the logits ever being written.
 
 Each program reduces its tile of logits to one maximum and its index a row; a second, tiny kernel reduces the tiles.
-The final norm costs one multiplication: dividing a row by its root mean square moves no maximum, so only the norm's
-weight is applied. Of equal logits the lowest index wins, in both kernels.
+Of the final norm the first half is enough (`rms_norm.py`): dividing a row by its root mean square moves no maximum. Of
+equal logits the lowest index wins, in both kernels.
 
 Letters: V rows of the LM head, K its columns, R requests, Q query rows a request.
 """
@@ -38,11 +38,10 @@ def choose_head_tile(num_rows: int, weight_dtype: torch.dtype) -> Tile:
 
 
 def argmax_linear(
-    x: torch.Tensor,  # [M, K], M = R*Q if num_query_rows is given
+    x: torch.Tensor,  # [M, K], M = R*Q if num_query_rows is given; rows of a `Normed` do
     weight: torch.Tensor,  # [V, K]; fp16, bf16, fp32 or float8_e4m3fn
     *,
     weight_scale: torch.Tensor | None = None,  # [V] fp32
-    norm_weight: torch.Tensor | None = None,  # [K]; RMSNorm of x before the product
     row_ids: torch.Tensor | None = None,  # [V] int64; what to return for each row of the weight, instead of its index
     num_query_rows: int | None = None,  # Q: leave out the first row of every request, its anchor
     out: torch.Tensor | None = None,  # [M] or [R*(Q-1)] int64
@@ -56,7 +55,7 @@ def argmax_linear(
         num_rows = num_rows // skip * (skip - 1)
     if out is None:
         out = torch.empty(num_rows, dtype=torch.int64, device=x.device)
-    check_operands(x, weight, weight_scale, norm_weight)
+    check_operands(x, weight, weight_scale)
     assert out.shape == (num_rows,) and out.dtype == torch.int64 and out.is_contiguous(), f"{tuple(out.shape)}"
     assert row_ids is None or (row_ids.shape == (vocab_size,) and row_ids.is_contiguous()), "one id a row"
     if num_rows == 0:
@@ -72,7 +71,6 @@ def argmax_linear(
         x,
         weight,
         weight_scale,
-        norm_weight,
         values,
         indices,
         num_rows,
@@ -82,7 +80,6 @@ def argmax_linear(
         K=x.shape[1],
         Q=skip,
         HAS_SCALE=weight_scale is not None,
-        HAS_NORM=norm_weight is not None,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -102,7 +99,6 @@ def _tile_max_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [V, K]
     scale_ptr,  # [V]; read only if HAS_SCALE
-    norm_ptr,  # [K]; read only if HAS_NORM
     out_values_ptr,  # [rows, tiles] fp32
     out_indices_ptr,  # [rows, tiles] int32
     num_rows,  # without anchors
@@ -112,7 +108,6 @@ def _tile_max_kernel(
     K: tl.constexpr,
     Q: tl.constexpr,  # 0: every row counts
     HAS_SCALE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,15 +122,13 @@ def _tile_max_kernel(
     if Q > 0:
         x_rows = rows // (Q - 1) * Q + 1 + rows % (Q - 1)
     ids = weight_rows(tile, V, BLOCK_N, False)
-    logits, _ = stream_product(
+    logits = stream_product(
         x_ptr + x_rows.to(tl.int64) * x_stride,
         row_mask,
         weight_ptr + ids * weight_stride,
-        norm_ptr,
         0,
         K,
         K,
-        HAS_NORM,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -184,16 +177,12 @@ def reference_argmax_linear(
     weight: torch.Tensor,  # [V, K]
     *,
     weight_scale: torch.Tensor | None = None,  # [V]
-    norm_weight: torch.Tensor | None = None,  # [K]
-    eps: float = 1e-6,
     row_ids: torch.Tensor | None = None,  # [V]
     num_query_rows: int | None = None,
 ) -> torch.Tensor:
     """The same as `argmax_linear`, with the logits in full. Logits that are nearly equal may be decided otherwise."""
     if num_query_rows:
         x = x.unflatten(0, (-1, num_query_rows))[:, 1:].flatten(0, 1)
-    if norm_weight is not None:
-        x = F.rms_norm(x, (x.shape[1],), norm_weight.to(x.dtype), eps)
     logits = F.linear(x, weight.to(x.dtype)).float()
     if weight_scale is not None:
         logits = logits * weight_scale

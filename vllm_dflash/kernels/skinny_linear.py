@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""A linear layer for few rows, as fast as its weights can be read: norm, scale, SwiGLU and residual in the same launch.
+"""A linear layer for few rows, as fast as its weights can be read; norms, scale, SwiGLU and residual ride along.
 
 With up to 64 rows a product costs what its weights cost to read once, so all else is arranged around that: every SM
-keeps enough reads in flight, and the RMSNorm before and the residual after need no launch of their own. (Starting a
-kernel while its predecessor drains, and prefetching its weights to L2, were measured on an H200: both made a chain of
-these slower.)
+keeps enough reads in flight, and nothing but the product is in the loop. The RMSNorm before it divides the sums at the
+end, and the one after it is begun where the result is written (`rms_norm.py`). (Starting a kernel while its predecessor
+drains, and prefetching its weights to L2, were measured on an H200: both made a chain of these slower.)
 
 A program multiplies BLOCK_N weight rows with all input rows, over one of SPLIT_K parts of K. The input is read again by
 each program that shares a part, so tall tiles and several parts keep that traffic small beside the weights. Of the
@@ -22,6 +22,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 from vllm.triton_utils import tl, triton
+
+from vllm_dflash.kernels.rms_norm import Normed, inverse_rms, scaled_and_squares
 
 #: Up to here a product is bound by reading its weights; above, by arithmetic, and cuBLAS is as fast.
 MAX_SKINNY_ROWS = 64
@@ -60,9 +62,11 @@ def choose_tile(num_rows: int, n: int, k: int, weight_dtype: torch.dtype) -> Til
         return Tile(128, block_k, _split_k(n, 128, k, block_k), num_warps=8, num_stages=4, weights_left=False)
     if n >= _FULL_GRID * 128:
         return Tile(block_n=128, block_k=64, num_stages=4)
-    if n < _FULL_GRID * 40:
+    if n < _FULL_GRID * 64:
         return Tile(64, 128, _split_k(n, 64, k, 128), num_stages=6 if num_rows <= 32 else 4)
-    return Tile(128, 64, _split_k(n, 128, k, 64), num_stages=6 if num_rows <= 64 else 4)
+    if num_rows <= 64:
+        return Tile(128, 128, _split_k(n, 128, k, 128), num_warps=8, num_stages=3)
+    return Tile(128, 64, _split_k(n, 128, k, 64), num_stages=4)
 
 
 def _split_k(n: int, block_n: int, k: int, block_k: int) -> int:
@@ -74,66 +78,110 @@ def _split_k(n: int, block_n: int, k: int, block_k: int) -> int:
 
 
 def skinny_linear(
-    x: torch.Tensor,  # [M, K]
+    x: torch.Tensor | Normed,  # [M, K]
     weight: torch.Tensor,  # [N, K]; fp16, bf16, fp32 or float8_e4m3fn
     *,
     weight_scale: torch.Tensor | None = None,  # [N] fp32
-    norm_weight: torch.Tensor | None = None,  # [K]; RMSNorm of x before the product
-    eps: float = 1e-6,
     residual: torch.Tensor | None = None,  # [M, N]; added to the product
     silu_and_mul: bool = False,  # the weight's halves are [gate; up]: silu(gate) * up
     out: torch.Tensor | None = None,  # [M, N] or, with silu_and_mul, [M, N/2]; may be `residual`
     tile: Tile | None = None,
+    counters: torch.Tensor | None = None,  # of `new_counters`; needed by launches that may overlap with others
 ) -> torch.Tensor:
     """`x @ weight.T` with what stands around it, [M, N] or [M, N/2]. Products add up in fp32 and are rounded once.
 
-    An FP8 weight is multiplied as x's type, exactly, and its scale applied to the sum. Launches that overlap on several
-    streams of a device are not supported: they would share counters.
+    An FP8 weight is multiplied as x's type, exactly, and its scale applied to the sum.
     """
-    num_rows, k = x.shape
-    n = weight.shape[0]
+    return _launch(x, weight, weight_scale, residual, silu_and_mul, out, tile, counters, None)[0]
+
+
+def skinny_linear_normed(
+    x: torch.Tensor | Normed,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    norm_weight: torch.Tensor,  # [N]
+    eps: float,
+    *,
+    weight_scale: torch.Tensor | None = None,  # [N] fp32
+    residual: torch.Tensor | None = None,  # [M, N]; added to the product
+    out: torch.Tensor | None = None,  # [M, N]; may be `residual`
+    tile: Tile | None = None,
+    counters: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Normed]:
+    """What `skinny_linear` gives, and the same on its way through the norm that follows."""
+    out, normed = _launch(x, weight, weight_scale, residual, False, out, tile, counters, (norm_weight, eps))
+    assert normed is not None
+    return out, normed
+
+
+def _launch(
+    x: torch.Tensor | Normed,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    weight_scale: torch.Tensor | None,  # [N]
+    residual: torch.Tensor | None,  # [M, N]
+    silu_and_mul: bool,
+    out: torch.Tensor | None,  # [M, N] or [M, N/2]
+    tile: Tile | None,
+    counters: torch.Tensor | None,
+    next_norm: tuple[torch.Tensor, float] | None,  # weight [N] and eps
+) -> tuple[torch.Tensor, Normed | None]:
+    norm, x = (x, x.rows) if isinstance(x, Normed) else (None, x)
+    (num_rows, k), n = x.shape, weight.shape[0]
     out_columns = n // 2 if silu_and_mul else n
     if out is None:
         out = torch.empty((num_rows, out_columns), dtype=x.dtype, device=x.device)
-    _check(x, weight, weight_scale, norm_weight, residual, out, out_columns)
-    if num_rows == 0:
-        return out
+    _check(x, weight, weight_scale, residual, out, out_columns)
     tile = tile or choose_tile(num_rows, n, k, weight.dtype)
     block_m = block_rows(num_rows)
     tiles, row_tiles = triton.cdiv(n, tile.block_n), triton.cdiv(num_rows, block_m)
-    partial, squares, arrived = _split_buffers(tile, tiles * row_tiles, block_m, x.device)
+    normed = None
+    if next_norm is not None:
+        norm_weight, eps = next_norm
+        assert norm_weight.shape == (n,) and norm_weight.is_contiguous(), f"{tuple(norm_weight.shape)}"
+        normed = Normed(
+            torch.empty((num_rows, n), dtype=x.dtype, device=x.device),
+            torch.empty((tiles, num_rows), dtype=torch.float32, device=x.device),
+            eps,
+        )
+    if num_rows == 0:
+        return out, normed
+    partial, counters = _split_buffers(tile, tiles * row_tiles, block_m, x.device, counters)
+    norm_parts = norm.squares.shape[0] if norm is not None else 0
     _skinny_linear_kernel[(row_tiles, tiles, tile.split_k)](
         x,
         weight,
         weight_scale,
-        norm_weight,
+        norm.squares if norm is not None else None,
         residual,
         out,
+        next_norm[0] if next_norm is not None else None,
+        normed.rows if normed is not None else None,
+        normed.squares if normed is not None else None,
         partial,
-        squares,
-        arrived,
+        counters,
         num_rows,
         x.stride(0),
         weight.stride(0),
         residual.stride(0) if residual is not None else 0,
         out.stride(0),
-        eps,
+        norm.eps if norm is not None else 0.0,
         N=n,
         K=k,
         K_PART=triton.cdiv(triton.cdiv(k, tile.block_k), tile.split_k) * tile.block_k,
+        NORM_PARTS=norm_parts,
         HAS_SCALE=weight_scale is not None,
-        HAS_NORM=norm_weight is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_NEXT_NORM=next_norm is not None,
         SILU_AND_MUL=silu_and_mul,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        BLOCK_PARTS=triton.next_power_of_2(max(norm_parts, 1)),
         SPLIT_K=tile.split_k,
         WEIGHTS_LEFT=tile.weights_left,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out
+    return out, normed
 
 
 def block_rows(num_rows: int) -> int:
@@ -145,13 +193,12 @@ def _check(
     x: torch.Tensor,  # [M, K]
     weight: torch.Tensor,  # [N, K]
     weight_scale: torch.Tensor | None,  # [N]
-    norm_weight: torch.Tensor | None,  # [K]
     residual: torch.Tensor | None,  # [M, N]
     out: torch.Tensor,  # [M, N] or [M, N/2]
     out_columns: int,
 ) -> None:
     num_rows, n = x.shape[0], weight.shape[0]
-    check_operands(x, weight, weight_scale, norm_weight)
+    check_operands(x, weight, weight_scale)
     assert out.shape == (num_rows, out_columns) and out.stride(1) == 1, f"{tuple(out.shape)}, strides {out.stride()}"
     if out_columns != n:
         assert n % 2 == 0 and residual is None, "silu_and_mul halves the columns and takes no residual"
@@ -165,7 +212,6 @@ def check_operands(
     x: torch.Tensor,  # [M, K]
     weight: torch.Tensor,  # [N, K]
     weight_scale: torch.Tensor | None,  # [N]
-    norm_weight: torch.Tensor | None,  # [K]
 ) -> None:
     """What every product here asks of its operands."""
     k, n = x.shape[1], weight.shape[0]
@@ -174,28 +220,34 @@ def check_operands(
     assert weight.dtype in (x.dtype, torch.float8_e4m3fn), f"x is {x.dtype}, weight {weight.dtype}"
     if weight_scale is not None:
         assert weight_scale.shape == (n,) and weight_scale.dtype == torch.float32 and weight_scale.is_contiguous()
-    if norm_weight is not None:
-        assert norm_weight.shape == (k,) and norm_weight.is_contiguous(), f"{tuple(norm_weight.shape)}"
 
 
 def _split_buffers(
-    tile: Tile, num_tiles: int, block_m: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Where programs that share a tile leave their part: products, sums of squares, and a counter for each tile."""
+    tile: Tile, num_tiles: int, block_m: int, device: torch.device, counters: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where programs that share a tile leave their part of the product, and a counter for each tile."""
     if tile.split_k == 1:
-        return None, None, None
+        return None, None
     assert num_tiles <= _MAX_TILES, f"{num_tiles} tiles"
-    parts = num_tiles * tile.split_k
-    partial = torch.empty(parts * tile.block_n * block_m, dtype=torch.float32, device=device)
-    return partial, torch.empty(parts * block_m, dtype=torch.float32, device=device), _counters(device)
+    size = num_tiles * tile.split_k * tile.block_n * block_m
+    partial = torch.empty(size, dtype=torch.float32, device=device)
+    return partial, _shared_counters(device) if counters is None else counters
+
+
+def new_counters(device: torch.device) -> torch.Tensor:
+    """How many programs of a tile have arrived: zeros, which every launch leaves as zeros.
+
+    Clearing them by a launch of their own would cost as much as a norm. Launches that may run at the same time need
+    counters of their own.
+    """
+    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
 
 
 @cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every launch leaves as zeros: clearing them by a launch of their own would cost as much as a norm."""
+def _shared_counters(device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("skinny_linear: run it once before it is captured in a CUDA graph")
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+    return new_counters(device)
 
 
 @triton.jit
@@ -232,20 +284,17 @@ def stream_product(
     x_rows,  # [BLOCK_M] pointers
     row_mask,  # [BLOCK_M]
     weight_row_ptrs,  # [BLOCK_N] pointers
-    norm_ptr,  # [K]; read only if HAS_NORM
     start,
     end,
     K: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
 ):
-    """Input x weight over columns [start, end), [BLOCK_M, BLOCK_N] fp32, and the rows' sums of squares [BLOCK_M]."""
+    """Input x weight over columns [start, end), [BLOCK_M, BLOCK_N] fp32."""
     # On the right, tensor cores take the few input rows 16 at a time; on the left, the weights 64 at a time.
     acc = tl.zeros((BLOCK_N if WEIGHTS_LEFT else BLOCK_M, BLOCK_M if WEIGHTS_LEFT else BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(start, end, BLOCK_K):
         columns = first + tl.arange(0, BLOCK_K)
         x_ptrs = x_rows[:, None] + columns[None, :]
@@ -257,14 +306,6 @@ def stream_product(
             inside = (columns < K)[None, :]
             x = tl.load(x_ptrs, mask=row_mask[:, None] & inside, other=0.0)
             weight = tl.load(weight_ptrs, mask=inside, other=0.0)
-        if HAS_NORM:
-            if K % BLOCK_K == 0:
-                scale = tl.load(norm_ptr + columns)
-            else:
-                scale = tl.load(norm_ptr + columns, mask=columns < K, other=0.0)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            x = (wide * scale.to(tl.float32)[None, :]).to(x.dtype)
         weight = _as(weight, x.dtype)
         # "ieee": TF32 would round fp32 to little more than bf16.
         if WEIGHTS_LEFT:
@@ -273,35 +314,41 @@ def stream_product(
             acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
     if WEIGHTS_LEFT:
         acc = tl.trans(acc)
-    return acc, squares
+    return acc
 
 
 @triton.jit
 def _store_tile(
     acc,  # [BLOCK_M, BLOCK_N] fp32
-    squares,  # [BLOCK_M]
     tile,
     rows,  # [BLOCK_M] int64
     row_mask,  # [BLOCK_M]
+    num_rows,
     scale_ptr,
+    squares_ptr,
     residual_ptr,
     out_ptr,
+    next_norm_ptr,
+    next_rows_ptr,
+    next_squares_ptr,
     residual_stride,
     out_stride,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
+    NORM_PARTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_NEXT_NORM: tl.constexpr,
     SILU_AND_MUL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + weight_rows(tile, N, BLOCK_N, SILU_AND_MUL))[None, :]
-    if HAS_NORM:
-        acc *= tl.rsqrt(squares / K + eps)[:, None]
+    if NORM_PARTS > 0:
+        acc *= inverse_rms(squares_ptr, rows, row_mask, num_rows, eps, K, NORM_PARTS, BLOCK_PARTS)[:, None]
     if SILU_AND_MUL:
         columns = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         mask = row_mask[:, None] & (columns < N // 2)[None, :]
@@ -313,7 +360,13 @@ def _store_tile(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
         acc += residual.to(tl.float32)
-    tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    result = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], result, mask=mask)
+    if HAS_NEXT_NORM:
+        norm_weight = tl.load(next_norm_ptr + columns, mask=columns < N, other=0.0)
+        scaled, squares = scaled_and_squares(tl.where(mask, result, 0.0), norm_weight)
+        tl.store(next_rows_ptr + rows[:, None] * N + columns[None, :], scaled, mask=mask)
+        tl.store(next_squares_ptr + tile * num_rows + rows, squares, mask=row_mask)
 
 
 # The number of rows changes from step to step: specialising on its divisibility would compile again and again.
@@ -322,11 +375,13 @@ def _skinny_linear_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [N, K]
     scale_ptr,  # [N]; read only if HAS_SCALE
-    norm_ptr,  # [K]; read only if HAS_NORM
+    squares_ptr,  # [NORM_PARTS, M] fp32; read only if NORM_PARTS > 0
     residual_ptr,  # [M, N]; read only if HAS_RESIDUAL
     out_ptr,  # [M, N] or [M, N/2]
-    partial_ptr,  # [row tiles, tiles, SPLIT_K, BLOCK_M, BLOCK_N] fp32; used only if SPLIT_K > 1, as the next two
-    squares_ptr,  # [row tiles, tiles, SPLIT_K, BLOCK_M] fp32
+    next_norm_ptr,  # [N]; read only if HAS_NEXT_NORM
+    next_rows_ptr,  # [M, N]; written only if HAS_NEXT_NORM, as the next one
+    next_squares_ptr,  # [tiles, M] fp32
+    partial_ptr,  # [row tiles, tiles, SPLIT_K, BLOCK_M, BLOCK_N] fp32; used only if SPLIT_K > 1, as the next one
     arrived_ptr,  # [row tiles, tiles] int32, zeros
     num_rows,
     x_stride,
@@ -337,13 +392,15 @@ def _skinny_linear_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     K_PART: tl.constexpr,
+    NORM_PARTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_NEXT_NORM: tl.constexpr,
     SILU_AND_MUL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
 ):
@@ -353,15 +410,13 @@ def _skinny_linear_kernel(
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_mask = rows < num_rows
     weight_row_ptrs = weight_ptr + weight_rows(tile, N, BLOCK_N, SILU_AND_MUL) * weight_stride
-    acc, squares = stream_product(
+    acc = stream_product(
         x_ptr + rows * x_stride,
         row_mask,
         weight_row_ptrs,
-        norm_ptr,
         start,
         end,
         K,
-        HAS_NORM,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -371,46 +426,44 @@ def _skinny_linear_kernel(
     index = row_tile * tl.num_programs(1) + tile
     if SPLIT_K > 1:
         offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        mine = index.to(tl.int64) * SPLIT_K + part
-        tl.store(partial_ptr + mine * (BLOCK_N * BLOCK_M) + offsets, acc)
-        if HAS_NORM:
-            tl.store(squares_ptr + mine * BLOCK_M + tl.arange(0, BLOCK_M), squares)
+        first = index.to(tl.int64) * SPLIT_K
+        tl.store(partial_ptr + (first + part) * (BLOCK_N * BLOCK_M) + offsets, acc)
         # All threads' parts before the count, and the count before anyone reads the others' parts.
         tl.debug_barrier()
         finish = tl.atomic_add(arrived_ptr + index, 1, sem="acq_rel") == SPLIT_K - 1
         if finish:
-            first = index.to(tl.int64) * SPLIT_K
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            squares = tl.zeros((BLOCK_M,), tl.float32)
             for other in tl.static_range(SPLIT_K):
                 # .cg: past L1, which is not coherent.
-                part_ptr = partial_ptr + (first + other) * (BLOCK_N * BLOCK_M)
-                acc += tl.load(part_ptr + offsets, cache_modifier=".cg")
-                if HAS_NORM:
-                    square_ptr = squares_ptr + (first + other) * BLOCK_M
-                    squares += tl.load(square_ptr + tl.arange(0, BLOCK_M), cache_modifier=".cg")
+                acc += tl.load(partial_ptr + (first + other) * (BLOCK_N * BLOCK_M) + offsets, cache_modifier=".cg")
             tl.store(arrived_ptr + index, 0)
     if finish:
         _store_tile(
             acc,
-            squares,
             tile,
             rows,
             row_mask,
+            num_rows,
             scale_ptr,
+            squares_ptr,
             residual_ptr,
             out_ptr,
+            next_norm_ptr,
+            next_rows_ptr,
+            next_squares_ptr,
             residual_stride,
             out_stride,
             eps,
             N,
             K,
+            NORM_PARTS,
             HAS_SCALE,
-            HAS_NORM,
             HAS_RESIDUAL,
+            HAS_NEXT_NORM,
             SILU_AND_MUL,
             BLOCK_M,
             BLOCK_N,
+            BLOCK_PARTS,
         )
 
 
@@ -424,7 +477,7 @@ def reference_skinny_linear(
     residual: torch.Tensor | None = None,  # [M, N]
     silu_and_mul: bool = False,
 ) -> torch.Tensor:
-    """The same as `skinny_linear`, as a model without it would compute it: step by step, each rounded to x's type."""
+    """As a model without `skinny_linear` would compute it: step by step, from the norm on, each rounded to x's type."""
     if norm_weight is not None:
         x = F.rms_norm(x, (x.shape[1],), norm_weight.to(x.dtype), eps)
     weight = weight.to(x.dtype)

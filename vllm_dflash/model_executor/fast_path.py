@@ -10,7 +10,7 @@ those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from vllm_dflash.kernels.lm_head import argmax_linear
 from vllm_dflash.kernels.qkv import norm_rope_cache
-from vllm_dflash.kernels.skinny_linear import skinny_linear
+from vllm_dflash.kernels.rms_norm import Normed, norm_rows
+from vllm_dflash.kernels.skinny_linear import skinny_linear, skinny_linear_normed
 from vllm_dflash.model_executor.caches import CACHE_LAYOUT_BACKENDS
 from vllm_dflash.model_executor.fp8_weights import Fp8RowsMethod, weight_and_scale
 
@@ -59,23 +60,26 @@ def draft_block(
     slot_mappings: Sequence[torch.Tensor],  # L tensors [R*Q]
     attn_metadata: Mapping[str, Any],
     num_query_rows: int,
+    await_context: Callable[[], None],  # called before the first attention
 ) -> torch.Tensor:
     """The likeliest token of each mask row, [R, K]."""
-    eps = model.config.rms_norm_eps
+    eps, layers = model.config.rms_norm_eps, model.backbone.layers
     states = model.embed(input_ids)  # [R*Q, H], the residual stream
-    for layer, slots in zip(model.backbone.layers, slot_mappings, strict=True):
-        qkv = _linear(states, layer.self_attn.qkv_proj, norm_weight=layer.input_layernorm.weight, eps=eps)
+    normed = norm_rows(states, layers[0].input_layernorm.weight, eps)
+    next_norms = [layer.input_layernorm for layer in layers[1:]] + [model.backbone.norm]
+    for layer, slots, next_norm in zip(layers, slot_mappings, next_norms, strict=True):
+        qkv = _linear(normed, layer.self_attn.qkv_proj)
+        if layer is layers[0]:
+            await_context()
         heads = _attend(layer.self_attn, qkv, positions, slots, attn_metadata, eps)
-        states = _linear(heads, layer.self_attn.o_proj, residual=states)
-        norm = layer.post_attention_layernorm.weight
-        activated = _linear(states, layer.mlp.gate_up_proj, norm_weight=norm, eps=eps, silu_and_mul=True)
-        states = _linear(activated, layer.mlp.down_proj, residual=states)
+        states, normed = _linear_normed(heads, layer.self_attn.o_proj, states, layer.post_attention_layernorm, eps)
+        activated = _linear(normed, layer.mlp.gate_up_proj, silu_and_mul=True)
+        states, normed = _linear_normed(activated, layer.mlp.down_proj, states, next_norm, eps)
     weight, scale = weight_and_scale(model.lm_head)
     tokens = argmax_linear(
-        states,
+        normed.rows,
         weight[: model.logits_processor.org_vocab_size],
         weight_scale=scale,
-        norm_weight=model.backbone.norm.weight,
         row_ids=model.draft_id_to_target_id,
         num_query_rows=num_query_rows,
     )
@@ -111,12 +115,25 @@ def _attend(
 
 
 def _linear(
+    x: torch.Tensor | Normed,  # [M, K]
+    linear: nn.Module,
+    silu_and_mul: bool = False,
+) -> torch.Tensor:
+    """[M, N] or, with `silu_and_mul`, [M, N/2]."""
+    weight, scale = weight_and_scale(linear)
+    return skinny_linear(x, weight, weight_scale=scale, silu_and_mul=silu_and_mul)
+
+
+def _linear_normed(
     x: torch.Tensor,  # [M, K]
     linear: nn.Module,
-    **around: Any,
-) -> torch.Tensor:
+    residual: torch.Tensor,  # [M, H]
+    norm: nn.Module,
+    eps: float,
+) -> tuple[torch.Tensor, Normed]:
+    """The residual stream after this layer, [M, H], and on its way through the norm that follows."""
     weight, scale = weight_and_scale(linear)
-    return skinny_linear(x, weight, weight_scale=scale, **around)
+    return skinny_linear_normed(x, weight, norm.weight, eps, weight_scale=scale, residual=residual)
 
 
 def _linears(model: DFlashDraftModel) -> list[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_dflash.kernels.context_kv import LayerCaches, inject_context_kv
-from vllm_dflash.kernels.skinny_linear import skinny_linear
+from vllm_dflash.kernels.skinny_linear import MAX_SKINNY_ROWS, new_counters, skinny_linear, skinny_linear_normed
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
 from vllm_dflash.model_executor.fast_path import MAX_FAST_CONTEXT_ROWS
 from vllm_dflash.model_executor.fp8_weights import weight_and_scale
@@ -28,9 +28,14 @@ class Injection:
         group_of_layer: Sequence[int],  # L entries: which of the G cache groups holds a layer
         fast: bool,  # few rows go through the kernels of fast_path.py
     ) -> None:
-        self.model, self.group_of_layer, self.fast = model, list(group_of_layer), fast
+        self.model, self.group_of_layer = model, list(group_of_layer)
         self.layers = [attention.attn for attention in model.attentions]
         self._caches: LayerCaches | None = None
+        # FP8 products of few rows are skinny_linear's in any case, and there they get the counters below.
+        most_rows = MAX_SKINNY_ROWS if model.uses_fp8_weights else MAX_FAST_CONTEXT_ROWS
+        self._max_fast_rows = most_rows if fast else 0
+        # Of its own: it may run beside the block's products.
+        self._counters = new_counters(model.context_kv.fc.weight.device) if fast else None
 
     def __call__(
         self,
@@ -64,13 +69,15 @@ class Injection:
     ) -> torch.Tensor:
         """Raw projections [T, 2*L*heads*D]."""
         context_kv = self.model.context_kv
-        if not self.fast or features.shape[0] > MAX_FAST_CONTEXT_ROWS:
+        if features.shape[0] > self._max_fast_rows:
             return context_kv(features, positions)
         weight, scale = weight_and_scale(context_kv.fc)
-        states = skinny_linear(features, weight, weight_scale=scale)
+        norm_weight = context_kv.hidden_norm.weight
+        _, normed = skinny_linear_normed(
+            features, weight, norm_weight, context_kv.eps, weight_scale=scale, counters=self._counters
+        )
         weight, scale = weight_and_scale(context_kv.kv_proj)
-        norm = context_kv.hidden_norm.weight
-        return skinny_linear(states, weight, weight_scale=scale, norm_weight=norm, eps=context_kv.eps)
+        return skinny_linear(normed, weight, weight_scale=scale, counters=self._counters)
 
     def _layer_caches(self) -> LayerCaches:
         """Looked up when first needed: vLLM allocates the caches after it has grouped them."""

@@ -16,6 +16,7 @@ from vllm_dflash.model_executor.injection import Injection
 from vllm_dflash.proposer.block_inputs import block_inputs, context_rows
 from vllm_dflash.proposer.denoise import AttentionMetadataBuilder, denoise
 from vllm_dflash.proposer.sampling import Sampler, greedy_drafts
+from vllm_dflash.proposer.side_branch import SideBranch
 from vllm_dflash.proposer.step import BlockInputs, ContextRows, Drafts, StepInputs
 
 
@@ -44,7 +45,10 @@ class DFlashProposer:
     ) -> None:
         """Say how vLLM grouped the draft layers' caches."""
         self._group_of_layer, self._block_sizes = list(group_of_layer), tuple(block_sizes)
-        self._injection = Injection(self.model, group_of_layer, fast=self.fast_path_obstacle is None)
+        is_fast = self.fast_path_obstacle is None
+        self._injection = Injection(self.model, group_of_layer, fast=is_fast)
+        if is_fast:
+            self._context_branch = SideBranch(self.model.context_kv.fc.weight.device)
 
     def propose(
         self,
@@ -76,8 +80,12 @@ class DFlashProposer:
         num_tokens_across_dp: torch.Tensor | None = None,  # [data parallel size]
     ) -> Drafts:
         """All of a step's arithmetic: inject, denoise, sample. A CUDA graph of a decode step holds just this."""
-        self.inject(features, rows)
-        return self.draft(block, attn_metadata, num_tokens_across_dp)
+        if not self._is_fast(block):
+            self.inject(features, rows)
+            return self.draft(block, attn_metadata, num_tokens_across_dp)
+        # Nothing reads the context before the first attention, and neither side alone keeps the memory busy.
+        self._context_branch.start(lambda: self.inject(features, rows))
+        return self._draft_fast(block, attn_metadata, self._context_branch.join)
 
     def inject(
         self,
@@ -96,10 +104,7 @@ class DFlashProposer:
     ) -> Drafts:
         """One forward over the block rows, and the tokens it predicts."""
         if attn_metadata is not None and self._is_fast(block):
-            slots = [block.slot_mappings[group] for group in self._group_of_layer]
-            return Drafts(
-                draft_block(self.model, block.input_ids, block.positions, slots, attn_metadata, block.num_query_rows)
-            )
+            return self._draft_fast(block, attn_metadata)
         slot_mappings = self._by_layer_name(block.slot_mappings) if attn_metadata is not None else {}
         hidden_states = denoise(self.model, block, attn_metadata, slot_mappings, self.vllm_config, num_tokens_across_dp)
         return self._sampler(self.model, hidden_states, block)
@@ -114,6 +119,16 @@ class DFlashProposer:
         """Run all the arithmetic of a step without touching a cache: for memory profiling and warm-up."""
         self.model.context_kv(features, positions)
         return self.draft(block, None, num_tokens_across_dp)
+
+    def _draft_fast(
+        self,
+        block: BlockInputs,
+        attn_metadata: Mapping[str, Any],
+        await_context: Callable[[], None] = lambda: None,
+    ) -> Drafts:
+        slots = [block.slot_mappings[group] for group in self._group_of_layer]
+        rows = (block.input_ids, block.positions, slots)
+        return Drafts(draft_block(self.model, *rows, attn_metadata, block.num_query_rows, await_context))
 
     def _is_fast(self, block: BlockInputs) -> bool:
         return self.fast_path_obstacle is None and block.input_ids.shape[0] <= MAX_SKINNY_ROWS
