@@ -23,6 +23,7 @@ The last line is JSON. --save keeps it up to date while the run lasts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -64,7 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=parse_numbers, default=(1, 8, 16, 32, 64, 128), help="concurrent requests")
     parser.add_argument("--contexts", type=parse_numbers, default=(512, 8192), help="prompt tokens")
     parser.add_argument("--output-tokens", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every engine at a point, at least")
+    parser.add_argument("--point-seconds", type=float, default=10.0, help="short points get more rounds, for so long")
     parser.add_argument("-k", "--k", type=int, help="draft tokens a step; default: all that the block holds")
     parser.add_argument("--dtype", help="default: bfloat16, or what the pair's target says")
     parser.add_argument("--engines", type=parse_engines, default=ENGINES, metavar="none,own,ours")
@@ -130,8 +132,8 @@ class Benchmark:
         timeout = min(args.start_timeout, args.time_limit)
         with started_engines(jobs, __file__, environments, self.folder, timeout) as (engines, self.facts):
             self._check_drafters()
-            self._measure_points(engines)
             self._time_draft_graphs(engines)
+            self._measure_points(engines)
             self._profile(engines)
 
     def _check_drafters(self) -> None:
@@ -160,7 +162,10 @@ class Benchmark:
         rounds: list[dict[str, Record]] = []
         outputs: list[dict[str, list[list[int]]]] = []
         names = list(engines)
-        for number in range(self.args.rounds):
+        begun = time.monotonic()
+        for number in itertools.count():
+            if number >= self.args.rounds and time.monotonic() - begun > self.args.point_seconds:
+                break
             prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
             first = (index + number) % len(names)
             answers = {
@@ -185,6 +190,7 @@ class Benchmark:
     def _time_draft_graphs(self, engines: dict[str, Engine]) -> None:
         for count in self.args.draft_graph:
             for name in (name for name in (OWN, OURS) if name in engines):
+                self._warm_up(name, engines[name], self.args.contexts[0], count)  # the graph's rows are this batch's
                 record = engines[name].ask({"draft_graph": count}, self.args.run_timeout)
                 self.draft_graphs.append({"engine": name, "requests": count} | record)
                 say(f"draft graph: {self.draft_graphs[-1]}")
@@ -205,6 +211,7 @@ class Benchmark:
         trace = self.args.profile_dir / f"{name}-{count}.json.gz"
         self._warm_up(name, engine, context, count)
         request = self.workload.request(self.workload.prompts(context, count, seed=count))
+        request["max_tokens"] = self.workload.longest_output
         answer = engine.ask(request | {"trace": str(trace.resolve())}, self.args.run_timeout)
         return {"engine": name, "requests": count, "context": context, "trace": str(trace)} | answer["profile"]
 

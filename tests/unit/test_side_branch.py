@@ -39,17 +39,3 @@ def test_a_branch_is_between_its_start_and_its_join() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert after.unique().tolist() == [expected]
-
-
-def test_a_branch_runs_beside_the_current_stream() -> None:
-    from vllm_dflash.proposer.side_branch import SideBranch
-
-    branch = SideBranch(torch.device("cuda"))
-    branch.start(lambda: torch.cuda._sleep(50 * A_WHILE))
-    done = torch.cuda.Event()
-    torch.ones(8, device="cuda").add_(1)
-    done.record()
-    done.synchronize()
-    assert not branch._stream.query(), "the current stream waited for the branch"
-    branch.join()
-    torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from typing import Any
 from gpu.names import Record
 
 SKIPPED_STEPS = 3  # at the start of the steady region, where the pipeline fills
+PROFILED_STEPS = 20
 
 Step = tuple[float, int, bool, bool]  # when its output came, tokens, have all requests had output, has any ended
 

@@ -36,7 +36,8 @@ def heading(workload: Workload, result: Record) -> list[str]:
         f"# Decode steps on {result['hardware']}",
         "",
         f"{result['date']}, {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
-        f"{model}, K = {workload.k}, {kind}, greedy, {args.output_tokens} tokens out, {args.rounds} rounds in turn.",
+        f"{model}, K = {workload.k}, {kind}, greedy, {args.output_tokens} tokens out; "
+        f"engines in turn, {args.rounds} rounds and more for {args.point_seconds:g} s at each point.",
         "",
         f"    {result['command']}",
         "",

@@ -11,11 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from gpu.decode.batch import SKIPPED_STEPS
+from gpu.decode.batch import PROFILED_STEPS, SKIPPED_STEPS
 from gpu.engine_inside import drafter_of, model_runner
 from gpu.names import Record
-
-PROFILED_STEPS = 20
 
 
 class Trace:
@@ -57,7 +55,7 @@ class Trace:
 
     def summary(self) -> Record:
         if self.seen < SKIPPED_STEPS + PROFILED_STEPS:
-            raise RuntimeError(f"only {self.seen} steps to trace: raise --output-tokens")
+            raise RuntimeError(f"only {self.seen} steps to trace")
         self.profiler.export_chrome_trace(self.file)
         with gzip.open(self.file, "rt") as lines:
             events = json.load(lines)["traceEvents"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gpu.decode.batch import PROFILED_STEPS, SKIPPED_STEPS
 from gpu.decode.prompts import TAIL, held_out_prompts, random_prompts
 from gpu.decode.shape import write_shape
 from gpu.names import Record
@@ -23,8 +24,17 @@ class Workload:
         self.k: int = args.k or self.drafter["block_size"] - 1
 
     @property
+    def longest_output(self) -> int:
+        return max(self.args.output_tokens, self.traced_output) if self.args.profile else self.args.output_tokens
+
+    @property
+    def traced_output(self) -> int:
+        """Enough for the steps of a trace, should all drafts be accepted."""
+        return (SKIPPED_STEPS + PROFILED_STEPS + 4) * (self.k + 1)
+
+    @property
     def max_model_len(self) -> int:
-        needed = max(self.args.contexts) + self.args.output_tokens + self.k + 1
+        needed = max(self.args.contexts) + self.longest_output + self.k + 1
         limit = self.target["max_position_embeddings"]
         if needed > limit:
             raise SystemExit(f"--contexts {max(self.args.contexts)}: with the output that needs {needed} positions, "
@@ -38,7 +48,7 @@ class Workload:
     @property
     def most_tokens(self) -> int:
         """Positions that the largest point needs room for."""
-        grown = self.args.output_tokens + 2 * (self.k + 1) + 16  # and the rest of the last block
+        grown = self.longest_output + 2 * (self.k + 1) + 16  # and the rest of the last block
         count = self.most_requests
         tokens = max(self._prompt_tokens(context, count) + count * grown for context in self.args.contexts)
         return max(tokens, self.max_model_len)
