@@ -67,8 +67,13 @@ def build_tree(
         tokens.append(token_ids[:, depth].gather(1, choice[order]))
         depths.append(torch.full_like(order, depth + 1))
         start, total = total, total + frontier.shape[1]
-    joined = (torch.cat(parts, dim=1) for parts in (scores, parents, tokens, depths))
-    return _likeliest(*joined, num_nodes=num_nodes)
+    return _likeliest(
+        torch.cat(scores, dim=1),
+        torch.cat(parents, dim=1),
+        torch.cat(tokens, dim=1),
+        torch.cat(depths, dim=1),
+        num_nodes,
+    )
 
 
 @cache
