@@ -140,7 +140,7 @@ def drafter(seed: int = 0, **changes: Any) -> DFlashDraftModel:
     from vllm_dflash.hf import DFlashDraftModel
 
     model = DFlashDraftModel(Qwen3Config(**drafter_config(**changes)))
-    _randomise(model, seed)
+    randomise(model, seed)
     return model.eval()
 
 
@@ -155,7 +155,7 @@ def target(seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(Qwen3Config(**target_config(**changes)))
-    _randomise(model, seed)
+    randomise(model, seed)
     return model.eval()
 
 
@@ -163,8 +163,8 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return {key: value for key, value in (dict(base) | dict(changes)).items() if value is not ABSENT}
 
 
-def _randomise(model: Any, seed: int) -> None:
-    """Weights whose influence on the output is large everywhere: a part left out must show."""
+def randomise(model: Any, seed: int = 0) -> Any:
+    """Weights whose influence on the output is large everywhere: a part left out must show. Returns the model."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -177,3 +177,4 @@ def _randomise(model: Any, seed: int) -> None:
                 parameter.copy_(1.0 + 0.3 * noise)
             else:
                 parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5))
+    return model

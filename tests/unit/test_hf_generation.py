@@ -15,6 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from tests.helpers import drafter, one_thread, target
 from vllm_dflash.hf import SpecGenerateOutput, TargetFeatures, generation
+from vllm_dflash.hf.choosing import Sampling
 
 PROMPT = [5, 9, 2, 40, 7]
 PROMPT_IDS = torch.tensor([PROMPT])
@@ -44,21 +45,22 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], list[int]], d
 
     Returns a record of what the drafter really drafted, by the number of tokens so far.
     """
-    real = generation.draft_block
+    real = generation.draft_tree
 
     def patch(text: list[int], counts: list[int]) -> dict[int, list[int]]:
         drafted: dict[int, list[int]] = {}
         rounds = cycle(counts)
 
-        def planted(draft, target, tokens, context, cache):
-            block = real(draft, target, tokens, context, cache)  # keeps the draft cache as it would be
-            drafted[len(tokens)] = block[0].tolist()
+        def planted(draft, target, sequences, *rest):
+            tree = real(draft, target, sequences, *rest)  # keeps the draft cache as it would be
+            tokens = sequences.tokens[0]
+            drafted[len(tokens)] = [tokens[-1], *tree.token_ids[0].tolist()]
             done, right = len(tokens) - len(PROMPT), next(rounds)
             for row, wanted in enumerate(text[done : done + BLOCK - 1]):
-                block[0, 1 + row] = wanted if row < right else (wanted + 1) % 96
-            return block
+                tree.token_ids[0, row] = wanted if row < right else (wanted + 1) % 96
+            return tree
 
-        monkeypatch.setattr(generation, "draft_block", planted)
+        monkeypatch.setattr(generation, "draft_tree", planted)
         return drafted
 
     return patch
@@ -175,31 +177,48 @@ def test_choose_samples_the_tempered_distribution(temperature: float, expected: 
     torch.manual_seed(0)
     num_samples = 20_000
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(num_samples, -1)
-    counts = generation.choose(logits, temperature).bincount(minlength=3)
+    counts = Sampling(temperature).choose(logits).bincount(minlength=3)
     # Four standard deviations of a binomial count, at most 0.015.
     assert (counts / num_samples).tolist() == pytest.approx(expected, abs=4 * 0.5 / num_samples**0.5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_choose_without_temperature_takes_the_likeliest(temperature: float) -> None:
-    assert generation.choose(torch.tensor([[0.1, 2.0, 1.0], [3.0, 0.0, 1.0]]), temperature).tolist() == [1, 0]
+    assert Sampling(temperature).choose(torch.tensor([[0.1, 2.0, 1.0], [3.0, 0.0, 1.0]])).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
-    ("drafts", "chosen", "expected"),
-    [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 9, 3], [1, 2, 3, 4], 1), ([9, 2], [1, 2, 3], 0)],
+    ("options", "possible"),
+    [({"top_k": 2}, {0, 1}), ({"top_p": 0.7}, {0, 1}), ({"top_p": 0.5}, {0}), ({"top_k": 3, "top_p": 1.0}, {0, 1, 2})],
+    ids=["top_k", "top_p", "one is enough", "all but one"],
 )
-def test_accepted_drafts_are_a_prefix(drafts: list[int], chosen: list[int], expected: int) -> None:
-    assert generation.count_accepted(drafts, chosen) == expected
+def test_choose_keeps_to_the_likeliest(options: dict, possible: set[int]) -> None:
+    logits = torch.tensor([0.55, 0.3, 0.1, 0.05]).log().expand(400, -1)
+    chosen = Sampling(1.0, generator=torch.Generator().manual_seed(0), **options).choose(logits)
+    assert set(chosen.tolist()) == possible
+
+
+def test_a_generator_decides_the_samples() -> None:
+    def sample(seed: int) -> list[int]:
+        return Sampling(1.0, generator=torch.Generator().manual_seed(seed)).choose(torch.zeros(50, 96)).tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_samplings_that_leave_nothing(options: dict[str, float]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*found {value}"):
+        Sampling(1.0, **options)
 
 
 @pytest.mark.parametrize(
     "input_ids",
-    [torch.tensor([[1, 2], [3, 4]]), torch.empty(1, 0, dtype=torch.long), torch.tensor([1, 2])],
-    ids=["batch", "empty", "no batch axis"],
+    [torch.empty(1, 0, dtype=torch.long), torch.empty(0, 3, dtype=torch.long), torch.tensor([1, 2])],
+    ids=["empty", "none", "no batch axis"],
 )
-def test_prompts_that_are_not_one_prompt(model: Qwen3ForCausalLM, input_ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="input_ids must be one non-empty prompt") as caught:
+def test_prompts_that_are_none(model: Qwen3ForCausalLM, input_ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="input_ids must be non-empty prompts") as caught:
         drafter().spec_generate(input_ids, model, 4)
     assert str(list(input_ids.shape)) in str(caught.value)
 

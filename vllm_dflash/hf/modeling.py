@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config
+from transformers import Cache, PreTrainedModel, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from vllm_dflash.checkpoint import check_tensors, read_mask_embedding, read_tensor_shapes, resolve_model_dir
 from vllm_dflash.config import DFlashConfig, LayerAttention
+from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
+from vllm_dflash.hf.slot_cache import SlotCache
 
 
 class DFlashRotaryEmbedding(nn.Module):
@@ -109,7 +111,7 @@ class DFlashAttention(nn.Module):
         context_states: torch.Tensor,  # [B, T, H]
         rope: tuple[torch.Tensor, torch.Tensor],  # each [B, 1, T+Q, rotary_dim]
         mask: torch.Tensor,  # bool [B, 1, Q, N+T+Q]
-        cache: DynamicCache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
         num_rows = hidden_states.shape[1]
         cos, sin = rope
@@ -141,7 +143,7 @@ class DFlashDecoderLayer(nn.Module):
         context_states: torch.Tensor,  # [B, T, H]
         rope: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor,  # bool [B, 1, Q, N+T+Q]
-        cache: DynamicCache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         hidden_states = hidden_states + self.self_attn(normed, context_states, rope, mask, cache)
@@ -217,20 +219,19 @@ class DFlashDraftModel(PreTrainedModel):
         noise_embedding: torch.Tensor,  # [B, Q, H]
         target_hidden: torch.Tensor,  # [B, T, F*H]
         attention_mask: torch.Tensor | None = None,  # bool [B, 1, Q, N+T+Q], True = may attend
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Hidden states of the block rows, [B, Q, H], ready for the LM head.
 
-        With `past_key_values`, the N rows it holds must be the context positions 0..N-1; the block's own K/V are
-        appended like the context's, so the caller crops them afterwards.
+        With a `DynamicCache`, the N rows it holds must be the context positions 0..N-1; the block's own K/V are
+        appended like the context's, so the caller crops them afterwards. With a `SlotCache`, N+T+Q is its number of
+        visible slots, and `attention_mask` must leave out those that no row of the sequence is in.
         """
         num_rows = noise_embedding.shape[1]
         context_states = self.hidden_norm(self.fc(target_hidden))
         rope = self.rotary_emb(position_ids, noise_embedding.dtype)
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        past = torch.arange(cached, device=position_ids.device).expand(position_ids.shape[0], -1)
-        key_positions = torch.cat((past, position_ids), dim=1)  # [B, N+T+Q]
+        key_positions = _key_positions(position_ids, past_key_values)  # [B, N+T+Q]
         hidden_states = noise_embedding
         for layer in self.layers:
             mask = visible(layer.self_attn.rule, position_ids[:, -num_rows:], key_positions)
@@ -268,16 +269,56 @@ class DFlashDraftModel(PreTrainedModel):
     @torch.inference_mode()
     def spec_generate(
         self,
-        input_ids: torch.Tensor,  # [1, P]
+        input_ids: torch.Tensor,  # [B, P]
         target: nn.Module,
         max_new_tokens: int,
         temperature: float = 0.0,
         stop_token_ids: list[int] | None = None,
         return_stats: bool = False,
+        *,
+        mask_token_id: int | None = None,
+        attention_mask: torch.Tensor | None = None,  # [B, P]; 0: padding, on either side
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        tree_budget: int | None = None,
+        streamer: Any = None,
     ) -> torch.Tensor | SpecGenerateOutput:
-        """Generate with `target`, drafting with this model. See :func:`vllm_dflash.hf.generation.spec_generate`."""
-        output = spec_generate(self, target, input_ids, max_new_tokens, temperature, stop_token_ids)
+        """Generate with `target`, drafting with this model. See :func:`vllm_dflash.hf.generation.spec_generate`.
+
+        Returns token ids [B, P+n], or with `return_stats` a `SpecGenerateOutput`. `mask_token_id` need not be given;
+        one that is not the drafter's raises ValueError.
+        """
+        if mask_token_id is not None and mask_token_id != self.mask_token_id:
+            raise ValueError(
+                f"mask_token_id = {mask_token_id}, and {self.dflash.source} was trained with {self.mask_token_id}: "
+                "leave the argument out"
+            )
+        sampling = Sampling(temperature, top_k, top_p, generator)
+        output = spec_generate(
+            self,
+            target,
+            input_ids,
+            max_new_tokens,
+            sampling,
+            stop_token_ids,
+            attention_mask,
+            tree_budget,
+            streamer,
+        )
         return output if return_stats else output.sequences
+
+
+def _key_positions(
+    position_ids: torch.Tensor,  # [B, T+Q]
+    cache: Cache | None,
+) -> torch.Tensor:
+    """Positions of all keys that attention gets, [B, N+T+Q]. In a `SlotCache` a slot's number is its position."""
+    if isinstance(cache, SlotCache):
+        return torch.arange(cache.plan.num_visible, device=position_ids.device).expand(position_ids.shape[0], -1)
+    cached = cache.get_seq_length() if cache is not None else 0
+    past = torch.arange(cached, device=position_ids.device).expand(position_ids.shape[0], -1)
+    return torch.cat((past, position_ids), dim=1)
 
 
 def _raw_config(config: Qwen3Config) -> dict[str, Any]:

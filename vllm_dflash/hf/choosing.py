@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's token after a row: its argmax, or a sample of its distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a target speaks. temperature <= 0: its likeliest token; top_k and top_p as in `generate`."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the argument and its value."""
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, found {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+
+    def choose(
+        self,
+        logits: torch.Tensor,  # [..., V]
+    ) -> torch.Tensor:
+        """A token for every row, [...] int64."""
+        if self.temperature <= 0.0:
+            return logits.argmax(dim=-1)
+        rows = logits.float().flatten(0, -2) / self.temperature
+        rows = self._warpers()(torch.empty(0), rows)  # warpers look at no input_ids
+        chosen = torch.multinomial(rows.softmax(dim=-1), num_samples=1, generator=self.generator)
+        return chosen.view(logits.shape[:-1])
+
+    def _warpers(self) -> LogitsProcessorList:
+        warpers = LogitsProcessorList()
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
