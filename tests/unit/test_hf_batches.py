@@ -198,7 +198,7 @@ def test_no_two_rows_go_to_one_slot(plant: Callable, monkeypatch: pytest.MonkeyP
     model = target()
     plant(greedy(model, 20 + BLOCK)[:, WIDTH:].tolist(), COUNTS, decoys=True)
     generate(model, 20, tree_budget=8)
-    assert len(placed) > 20
+    assert len(placed) > 10
     for cache, rows in placed:
         for row in rows:
             wanted = [slot for slot in row if slot != cache.spare_slot]
