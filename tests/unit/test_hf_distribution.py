@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""At temperature 1 what `spec_generate` says is distributed as what the target says: chi-square, exact probabilities.
+
+A toy target over 8 tokens, so that the probability of every continuation can be computed. False-alarm rate of a test:
+ALPHA. Their power is shown by a planted bias that they must reject.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+import torch
+from scipy.stats import chisquare
+from transformers import Qwen3ForCausalLM
+
+from tests.helpers import drafter, one_thread, target
+from vllm_dflash.hf import SpecGenerateOutput, generation
+
+ALPHA = 1e-4
+VOCAB, LENGTH, SAMPLES, BATCH = 8, 3, 8000, 1000
+PROMPT = [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    return target(vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def exact(model: Qwen3ForCausalLM) -> dict[tuple[int, ...], float]:
+    """P(continuation) of every sequence of LENGTH tokens, by the chain rule."""
+    continuations = list(itertools.product(range(VOCAB), repeat=LENGTH))
+    with torch.no_grad():
+        ids = torch.tensor([PROMPT + list(c) for c in continuations])
+        log_probs = model(ids).logits[:, len(PROMPT) - 1 : -1].log_softmax(dim=-1)
+    chosen = torch.tensor(continuations)[..., None]
+    return dict(zip(continuations, log_probs.gather(-1, chosen).sum(dim=(1, 2)).exp().tolist(), strict=True))
+
+
+def sample(model: Qwen3ForCausalLM, tree_budget: int | None) -> tuple[list[tuple[int, ...]], float]:
+    """Continuations of the prompt, and the acceptance length."""
+    draft = drafter(vocab_size=VOCAB, block_size=4, dflash_config={"mask_token_id": VOCAB - 1})
+    generator = torch.Generator().manual_seed(0)
+    found: list[tuple[int, ...]] = []
+    lengths: list[int] = []
+    for _ in range(SAMPLES // BATCH):
+        output = draft.spec_generate(
+            torch.tensor([PROMPT] * BATCH), model, LENGTH, temperature=1.0, generator=generator,
+            tree_budget=tree_budget, return_stats=True,
+        )  # fmt: skip
+        assert isinstance(output, SpecGenerateOutput)
+        found += map(tuple, output.sequences[:, len(PROMPT) :].tolist())
+        lengths += output.acceptance_lengths
+    return found, sum(lengths) / len(lengths)
+
+
+def p_value(found: list[tuple[int, ...]], exact: dict[tuple[int, ...], float]) -> float:
+    """Of the observed continuations; rare ones pooled so that every cell expects at least 10."""
+    counts, total = Counter(found), len(found)
+    common = [c for c, p in exact.items() if p * total >= 10]
+    observed = [counts[c] for c in common]
+    expected = [exact[c] * total for c in common]
+    return chisquare([*observed, total - sum(observed)], [*expected, total - sum(expected)]).pvalue
+
+
+@pytest.mark.parametrize("tree_budget", [None, 6], ids=["chain", "tree"])
+def test_the_distribution_is_the_targets(model, exact, tree_budget: int | None) -> None:
+    found, acceptance_length = sample(model, tree_budget)
+    assert acceptance_length > 1.05, "too few accepted drafts for the test to mean anything"
+    assert p_value(found, exact) > ALPHA
+
+
+@pytest.mark.parametrize("tree_budget", [None, 6], ids=["chain", "tree"])
+def test_a_planted_bias_is_noticed(model, exact, tree_budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk that takes the drafter's word for the target's in one of ten rounds."""
+    real = generation.walk
+
+    def credulous(tree, target_ids, num_depths):
+        believes = torch.rand(len(target_ids), generator=generator) < 0.1
+        target_ids[:, 0] = torch.where(believes, tree.token_ids[:, 0], target_ids[:, 0])
+        return real(tree, target_ids, num_depths)
+
+    generator = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(generation, "walk", credulous)
+    assert p_value(sample(model, tree_budget)[0], exact) < ALPHA
