@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,24 @@ def run_engine(
             f"engine failed ({done.returncode}), {log}:\n" + "\n".join(log.read_text().splitlines()[-40:])
         )
     return {name: Run(**fields) for name, fields in json.loads(result.read_text()).items()}
+
+
+def run_data_parallel(
+    folder: Path, llm: dict[str, Any], runs_by_rank: list[list[dict[str, Any]]], runner: str
+) -> dict[str, Run]:
+    """Run one engine a data-parallel rank, all at once, each through its own runs: those of all ranks together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"VLLM_DP_SIZE": str(len(runs_by_rank)), "VLLM_DP_MASTER_PORT": str(port)}
+
+    def run_rank(rank: int) -> dict[str, Run]:
+        env = group | {"VLLM_DP_RANK": str(rank)}
+        return run_engine(folder / f"rank{rank}", llm, runs_by_rank[rank], runner=runner, **env)
+
+    with ThreadPoolExecutor() as ranks:
+        results = list(ranks.map(run_rank, range(len(runs_by_rank))))
+    return {name: run for runs in results for name, run in runs.items()}
 
 
 def held_out_prompts(count: int) -> list[list[int]]:

@@ -164,7 +164,8 @@ class V2Adapter(DraftModelSpeculator):
             max_seq_len=self.max_model_len,
         )
         desc, sync = self._dispatch(num_reqs, dp_sync_state, is_profile)
-        num_reqs_padded = desc.num_reqs if desc.cg_mode == CUDAGraphMode.FULL and desc.num_reqs else num_reqs
+        # To the graph's size; without one, to what the data-parallel ranks agreed on.
+        num_reqs_padded = desc.num_tokens // self.num_query_per_req
         in_graph = self._num_graph_context_rows(num_reqs_padded) if desc.cg_mode == CUDAGraphMode.FULL else 0
         max_query_len = int(input_batch.num_scheduled_tokens.max())
         self.staged.write(step, max_query_len, num_reqs_padded, max(num_rows, in_graph))
@@ -176,7 +177,7 @@ class V2Adapter(DraftModelSpeculator):
             self._replay(desc, input_batch, aux_hidden_states, in_graph)
         else:
             self._inject_from(aux_hidden_states, 0, num_rows)
-            block = self._block(input_batch, num_reqs)
+            block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
             self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
         return self.draft_tokens[:num_reqs]
