@@ -53,58 +53,72 @@ def build_tree(
     if num_nodes < 1:
         raise ValueError(f"a draft tree has at least one node, found num_nodes = {num_nodes}")
     log_probs = log_probs.float()
-    num_requests, num_depths, num_choices = log_probs.shape
-    scores, parents, tokens, depths = [], [], [], []
-    frontier = log_probs.new_zeros(num_requests, 1)  # the sums of one depth, descending
-    start, total = 0, 0  # candidates before the depth above, and so far
-    for depth in range(num_depths):
-        before, choice = _pairs(frontier.shape[1], num_choices, num_nodes, log_probs.device)
-        sums = frontier[:, before] + log_probs[:, depth, choice]
-        sums, order = sums.sort(dim=1, descending=True, stable=True)
-        frontier, order = sums[:, :num_nodes], order[:, :num_nodes]
-        scores.append(frontier)
-        parents.append(before[order] + start if depth else torch.full_like(order, ROOT))
-        tokens.append(token_ids[:, depth].gather(1, choice[order]))
-        depths.append(torch.full_like(order, depth + 1))
-        start, total = total, total + frontier.shape[1]
-    return _likeliest(
-        torch.cat(scores, dim=1),
-        torch.cat(parents, dim=1),
-        torch.cat(tokens, dim=1),
-        torch.cat(depths, dim=1),
-        num_nodes,
-    )
+    num_depths, num_choices = log_probs.shape[1:]
+    pairs = _pairs(num_depths, num_choices, num_nodes, log_probs.device)
+    steps = log_probs.flatten(1)[:, pairs.choices]  # [R, all pairs]
+    frontier = log_probs.new_zeros(log_probs.shape[0], 1)  # the sums of one depth, descending
+    sums, numbers = [], []
+    for start, end, before in pairs.of_depth:
+        candidates = frontier[:, before] + steps[:, start:end]
+        candidates, order = candidates.sort(dim=1, descending=True, stable=True)
+        frontier = candidates[:, :num_nodes]
+        sums.append(frontier)
+        numbers.append(order[:, :num_nodes] + start)
+    return _likeliest(torch.cat(sums, dim=1), torch.cat(numbers, dim=1), token_ids, pairs, num_nodes)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Choice j after prefix i, for all depths, one after the other: what a candidate is, by its number."""
+
+    of_depth: list[tuple[int, int, torch.Tensor]]  # D: first number, the one behind the last, and their prefixes
+    choices: torch.Tensor  # [all pairs] into D*C
+    parents: torch.Tensor  # [all pairs] among the kept ones of all depths; ROOT at depth 1
+    depths: torch.Tensor  # [all pairs]
 
 
 @cache
-def _pairs(
-    num_before: int, num_choices: int, num_nodes: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which choices after which prefixes can be among the N likeliest: indices of both, int64 each.
+def _pairs(num_depths: int, num_choices: int, num_nodes: int, device: torch.device) -> _Pairs:
+    """Those that can be among the N likeliest.
 
-    Both are in descending order, so (i + 1) * (j + 1) - 1 others are at least as likely as choice j after prefix i.
+    Prefixes and choices are in descending order, so (i + 1) * (j + 1) - 1 others are at least as likely as choice j
+    after prefix i.
     """
-    pairs = [(i, j) for i in range(num_before) for j in range(num_choices) if (i + 1) * (j + 1) <= num_nodes]
-    before, choice = torch.tensor(pairs, dtype=torch.int64, device=device).unbind(1)
-    return before, choice
+    of_depth: list[tuple[int, int, torch.Tensor]] = []
+    choices: list[int] = []
+    parents: list[int] = []
+    depths: list[int] = []
+    width, kept = 1, 0  # prefixes of the depth before, and those before them
+    for depth in range(num_depths):
+        of_one = [(i, j) for i in range(width) for j in range(num_choices) if (i + 1) * (j + 1) <= num_nodes]
+        before = torch.tensor([i for i, _ in of_one], device=device)
+        of_depth.append((len(choices), len(choices) + len(of_one), before))
+        choices += [depth * num_choices + j for _, j in of_one]
+        parents += [kept + i if depth else ROOT for i, _ in of_one]
+        depths += [depth + 1] * len(of_one)
+        kept += width if depth else 0
+        width = min(len(of_one), num_nodes)
+    return _Pairs(of_depth, *(torch.tensor(column, device=device) for column in (choices, parents, depths)))
 
 
 def _likeliest(
-    scores: torch.Tensor,  # [R, M] of all depths, one after the other
-    parents: torch.Tensor,  # [R, M] indices among M
-    token_ids: torch.Tensor,  # [R, M]
-    depths: torch.Tensor,  # [R, M]
+    sums: torch.Tensor,  # [R, M] of all depths, one after the other
+    numbers: torch.Tensor,  # [R, M] which pairs they are
+    token_ids: torch.Tensor,  # [R, D, C]
+    pairs: _Pairs,
     num_nodes: int,
 ) -> DraftTree:
-    """The first N by score, and their parents' numbers among these."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    numbers = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, numbers)
-    order = order[:, :num_nodes]
-    parents = parents.gather(1, order)
-    parents = torch.where(parents == ROOT, ROOT, rank.gather(1, parents.clamp(min=0)))
-    scores = scores.gather(1, order)
-    return DraftTree(token_ids.gather(1, order), parents, depths.gather(1, order), scores, scores > float("-inf"))
+    """The first N by their sums, and their parents' places among these."""
+    sums, order = sums.sort(dim=1, descending=True, stable=True)
+    places = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    numbers = numbers.gather(1, order[:, :num_nodes])
+    parents = pairs.parents[numbers]
+    parents = torch.where(parents == ROOT, ROOT, places.gather(1, parents.clamp(min=0)))
+    sums = sums[:, :num_nodes]
+    tokens = token_ids.flatten(1).gather(1, pairs.choices[numbers])
+    return DraftTree(tokens, parents, pairs.depths[numbers], sums, sums > float("-inf"))
 
 
 def chain(
@@ -122,30 +136,33 @@ def ancestor_mask(
 ) -> torch.Tensor:
     """Which rows of a verification see which, [R, 1+N, 1+N] bool: themselves, their ancestors and the anchor."""
     num_requests, num_nodes = tree.parents.shape
-    rows = torch.arange(1 + num_nodes, device=tree.parents.device).expand(num_requests, -1)
-    parent_rows = torch.cat((torch.zeros_like(rows[:, :1]), tree.parents + 1), dim=1)  # the anchor is its own
-    mask = torch.zeros(num_requests, 1 + num_nodes, 1 + num_nodes, dtype=torch.bool, device=rows.device)
-    for _ in range(1 + num_depths):
-        mask.scatter_(2, rows[:, :, None], True)
-        rows = parent_rows.gather(1, rows)
+    rows = torch.arange(1 + num_nodes, device=tree.parents.device)
+    parent_rows = torch.cat((tree.parents.new_zeros(num_requests, 1), tree.parents + 1), dim=1)  # the anchor is its own
+    mask = (rows == rows[:, None]) | (rows == parent_rows[:, :, None])  # themselves and their parents
+    reach = 1
+    while reach < num_depths:  # whoever sees up to n rows ahead sees, through what these see, 2n
+        wide = mask.float()
+        mask = (wide @ wide) > 0
+        reach *= 2
     return mask
 
 
 def walk(
     tree: DraftTree,
+    ancestors: torch.Tensor,  # [R, 1+N, 1+N] bool; `ancestor_mask(tree, D)`
     target_ids: torch.Tensor,  # [R, 1+N] int64; the target's token after every row
     num_depths: int,  # D
 ) -> Walk:
-    """Follow, from the anchor on, the child that is the target's own token, as long as there is one."""
-    row = torch.zeros_like(target_ids[:, :1])  # [R, 1] where each request stands
-    wanted = target_ids[:, :1]
-    nodes, walking = [], torch.ones_like(row, dtype=torch.bool)
-    for _ in range(num_depths):
-        match = tree.is_node & (tree.parents == row - 1) & (tree.token_ids == wanted) & walking  # [R, N]
-        walking = match.any(dim=1, keepdim=True)
-        node = match.to(torch.uint8).argmax(dim=1, keepdim=True)
-        nodes.append(torch.where(walking, node, -1))
-        row = torch.where(walking, node + 1, row)
-        wanted = target_ids.gather(1, row)
-    path = torch.cat(nodes, dim=1) if nodes else row.new_empty(row.shape[0], 0)
-    return Walk(path, (path >= 0).sum(dim=1), wanted[:, 0])
+    """Follow, from the anchor on, the child that is the target's own token, as long as there is one.
+
+    A node is on this way if it and all its ancestors are what the target says after their parents; of a depth no two
+    are, since children of a node differ.
+    """
+    agrees = tree.is_node & (tree.token_ids == target_ids.gather(1, tree.parents + 1))  # [R, N]
+    accepted = ~(ancestors[:, 1:, 1:] & ~agrees[:, None]).any(dim=2)  # [R, N]
+    nodes = torch.arange(agrees.shape[1], device=agrees.device).expand_as(agrees)
+    way = nodes.new_full((agrees.shape[0], num_depths + 1), -1)  # the last column takes what is not accepted
+    way.scatter_(1, torch.where(accepted, tree.depths - 1, num_depths), nodes)
+    num_accepted = accepted.sum(dim=1)
+    last = torch.where(accepted, nodes + 1, 0).amax(dim=1, keepdim=True)  # children stand behind their parents
+    return Walk(way[:, :num_depths], num_accepted, target_ids.gather(1, last)[:, 0])

@@ -88,10 +88,10 @@ def test_a_planted_bias_is_noticed(model, exact, tree_budget, monkeypatch: pytes
     """A walk that takes the drafter's word for the target's in one of ten rounds."""
     real = generation.walk
 
-    def credulous(tree, target_ids, num_depths):
+    def credulous(tree, ancestors, target_ids, num_depths):
         believes = torch.rand(len(target_ids), generator=generator) < 0.1
         target_ids[:, 0] = torch.where(believes, tree.token_ids[:, 0], target_ids[:, 0])
-        return real(tree, target_ids, num_depths)
+        return real(tree, ancestors, target_ids, num_depths)
 
     generator = torch.Generator().manual_seed(1)
     monkeypatch.setattr(generation, "walk", credulous)

@@ -66,7 +66,7 @@ def test_ancestors_by_hand() -> None:
 def test_walks_by_hand(target: str, path: list[int], next_token: str) -> None:
     """The tree "a", "ac", "b"; `target` is what the target says after the anchor, "a", "ac" and "b"."""
     tree = build_tree(LOG_PROBS, LETTERS, 3)
-    got = walk(tree, torch.tensor([[ord(letter) for letter in target]]), 2)
+    got = walk(tree, ancestor_mask(tree, 2), torch.tensor([[ord(letter) for letter in target]]), 2)
     assert got.nodes.tolist() == [path + [-1] * (2 - len(path))]
     assert got.num_accepted.tolist() == [len(path)]
     assert chr(int(got.next_token_ids)) == next_token
@@ -77,7 +77,7 @@ def test_padding_is_never_walked_on() -> None:
     log_probs = torch.tensor([[[0.0, -math.inf], [-math.inf, -math.inf]]])
     tree = build_tree(log_probs, LETTERS, 4)
     assert tree.is_node.tolist() == [[True, False, False, False]]
-    got = walk(tree, torch.tensor([[98] * 5]), 2)  # "b" has no probability
+    got = walk(tree, ancestor_mask(tree, 2), torch.tensor([[98] * 5]), 2)  # "b" has no probability
     assert got.num_accepted.tolist() == [0] and got.next_token_ids.tolist() == [98]
 
 
@@ -92,7 +92,7 @@ def test_a_chain_is_a_tree() -> None:
     tree = chain(torch.tensor([[7, 8, 9]]))
     assert prefixes(tree) == [(7,), (7, 8), (7, 8, 9)]
     assert torch.equal(ancestor_mask(tree, 3)[0], torch.ones(4, 4, dtype=torch.bool).tril())
-    got = walk(tree, torch.tensor([[7, 8, 5, 9]]), 3)
+    got = walk(tree, ancestor_mask(tree, 3), torch.tensor([[7, 8, 5, 9]]), 3)
     assert got.num_accepted.tolist() == [2] and got.next_token_ids.tolist() == [5]
 
 
@@ -170,7 +170,7 @@ def test_any_walk(log_probs: list[list[list[float]]], num_nodes: int, data: st.D
     tree = build_tree(torch.tensor(log_probs), ids, num_nodes)
     rows = tree.token_ids.shape[1] + 1
     target = [data.draw(st.lists(st.integers(0, choices), min_size=rows, max_size=rows)) for _ in log_probs]
-    got = walk(tree, torch.tensor(target), depths)
+    got = walk(tree, ancestor_mask(tree, depths), torch.tensor(target), depths)
     for request, own in enumerate(target):
         path, next_token = literal_walk(tree, request, own)
         assert got.nodes[request].tolist() == path + [-1] * (depths - len(path))

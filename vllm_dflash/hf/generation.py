@@ -22,7 +22,7 @@ from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.prompts import Prompts, check_pair, read_prompts
 from vllm_dflash.hf.slot_cache import SlotCache
 from vllm_dflash.hf.target_features import TargetFeatures
-from vllm_dflash.hf.verification import TargetMasks, candidate_visibility, positions_of_slots, prompt_visibility
+from vllm_dflash.hf.verification import TargetMasks, candidate_visibility, prompt_visibility
 from vllm_dflash.tree import DraftTree, Walk, ancestor_mask, build_tree, chain, walk
 
 if TYPE_CHECKING:
@@ -176,43 +176,46 @@ class Generation:
         """The target over the prompts; the first token of each, [B]."""
         positions, width = prompts.positions, prompts.token_ids.shape[1]
         self.target_cache.place(torch.where(prompts.is_real, positions, self.target_cache.spare_slot), width)
-        slots = torch.arange(width, device=positions.device).expand_as(positions)
-        logits = self._run_target(
-            prompts.token_ids, positions, prompt_visibility(positions), slots, logits_to_keep=1
-        )  # [B, 1, V]
+        visible = prompt_visibility(positions)
+        logits = self._run_target(prompts.token_ids, positions, visible, None, logits_to_keep=1)  # [B, 1, V]
         self.context = ContextRows(self.features.take(), positions, prompts.is_real)
         return self.sampling.choose(logits[:, -1])
 
     def round(self) -> None:
         """Draft, verify, keep."""
         tree = draft_tree(self.draft, self.target, self.sequences, self.context, self.draft_cache, self.tree_budget)
-        logits = self._verify(tree)  # [B, 1+N, V]
-        walked = walk(tree, self.sampling.choose(logits), self.num_depths)
+        ancestors = ancestor_mask(tree, self.num_depths)
+        logits = self._verify(tree, ancestors)  # [B, 1+N, V]
+        walked = walk(tree, ancestors, self.sampling.choose(logits), self.num_depths)
         self._keep(tree, walked)
 
-    def _verify(self, tree: DraftTree) -> torch.Tensor:
+    def _verify(
+        self,
+        tree: DraftTree,
+        ancestors: torch.Tensor,  # [B, 1+N, 1+N] bool
+    ) -> torch.Tensor:
         """One target forward over anchors and candidates: logits [B, 1+N, V]."""
         sequences = self.sequences
         rows = torch.cat((sequences.anchors[:, None], tree.token_ids), dim=1)
         depths = torch.cat((torch.zeros_like(rows[:, :1]), tree.depths), dim=1)
         positions = sequences.lengths[:, None] + depths
         num_slots = sequences.longest + rows.shape[1]
-        visible = candidate_visibility(sequences.lengths, ancestor_mask(tree, self.num_depths), num_slots)
+        visible = candidate_visibility(sequences.lengths, ancestors, num_slots)
         self.target_cache.place(sequences.lengths[:, None] + _counting(rows), num_slots)
-        return self._run_target(rows, positions, visible, positions_of_slots(sequences.lengths, positions, num_slots))
+        return self._run_target(rows, positions, visible, sequences.lengths)
 
     def _run_target(
         self,
         token_ids: torch.Tensor,  # [B, Q]
         positions: torch.Tensor,  # [B, Q]
         visible: torch.Tensor,  # [B, Q, S] bool
-        slot_positions: torch.Tensor,  # [B, S]
+        lengths: torch.Tensor | None,  # [B] slots in use, right behind which the rows are; None: at their positions
         **options: Any,
     ) -> torch.Tensor:
         return self.target(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=self.masks(visible, positions, slot_positions, self.target.dtype),
+            attention_mask=self.masks(visible, positions, lengths, self.target.dtype),
             past_key_values=self.target_cache,
             use_cache=True,
             **options,

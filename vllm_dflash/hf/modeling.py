@@ -232,11 +232,13 @@ class DFlashDraftModel(PreTrainedModel):
         context_states = self.hidden_norm(self.fc(target_hidden))
         rope = self.rotary_emb(position_ids, noise_embedding.dtype)
         key_positions = _key_positions(position_ids, past_key_values)  # [B, N+T+Q]
+        masks: dict[LayerAttention, torch.Tensor] = {}  # most drafters have one rule or two for all layers
+        for rule in {layer.self_attn.rule for layer in self.layers}:
+            mask = visible(rule, position_ids[:, -num_rows:], key_positions)
+            masks[rule] = mask if attention_mask is None else mask & attention_mask
         hidden_states = noise_embedding
         for layer in self.layers:
-            mask = visible(layer.self_attn.rule, position_ids[:, -num_rows:], key_positions)
-            mask = mask if attention_mask is None else mask & attention_mask
-            hidden_states = layer(hidden_states, context_states, rope, mask, past_key_values)
+            hidden_states = layer(hidden_states, context_states, rope, masks[layer.self_attn.rule], past_key_values)
         return self.norm(hidden_states)
 
     def embed(

@@ -10,7 +10,7 @@ Letters: B sequences, Q new rows, S slots, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ class SlotPlan:
     """Where the next forward's rows go. Shared by all layers of a cache."""
 
     capacity: int  # slots of a sequence; the last one takes rows that nobody wants
-    rows: torch.Tensor | None = None  # [B*Q] int64; slots, numbered through all sequences
+    slots: torch.Tensor | None = None  # [B, Q] int64
     num_visible: int = 0  # S: attention gets this many slots
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)  # `memory_rows(slots)` by number of heads
 
 
 class SlotCache(Cache):
@@ -45,7 +46,7 @@ class SlotCache(Cache):
     ) -> None:
         """Say where the next forward's rows go, and how many slots its attention sees."""
         assert num_visible < self.plan.capacity, f"{num_visible} slots of {self.plan.capacity}"
-        self.plan.rows, self.plan.num_visible = self._flat(slots), num_visible
+        self.plan.slots, self.plan.num_visible, self.plan.rows = slots, num_visible, {}
 
     def move(
         self,
@@ -53,24 +54,20 @@ class SlotCache(Cache):
         targets: torch.Tensor,  # [B, A] int64
     ) -> None:
         """Copy K/V between slots of the same sequence, in all layers. All are read before any is written."""
-        flat_sources, flat_targets = self._flat(sources), self._flat(targets)
+        rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in self.layers:
-            layer.move(flat_sources, flat_targets)
-
-    def _flat(
-        self,
-        slots: torch.Tensor,  # [B, N]
-    ) -> torch.Tensor:
-        starts = torch.arange(slots.shape[0], device=slots.device) * self.plan.capacity
-        return (slots + starts[:, None]).flatten()
+            if layer.num_heads not in rows:
+                pair = (memory_rows(slots, layer.num_heads, self.plan.capacity) for slots in (sources, targets))
+                rows[layer.num_heads] = (*pair,)
+            layer.move(*rows[layer.num_heads])
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's K/V, a row of memory for each slot: [B*capacity, heads*D]."""
+    """One layer's K/V, a row of memory for each head of each slot: [B*heads*capacity, D]."""
 
     def __init__(self, plan: SlotPlan) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.num_heads = plan, 0
 
     def lazy_initialization(
         self,
@@ -78,11 +75,10 @@ class SlotLayer(CacheLayerMixin):
         value_states: torch.Tensor,  # [B, heads, Q, D]
     ) -> None:
         """Take the memory."""
+        batch, self.num_heads = key_states.shape[:2]
+        num_rows = batch * self.num_heads * self.plan.capacity
         # Zeros: a slot that was never written still takes part in products, with weight zero.
-        self.keys, self.values = (
-            states.new_zeros(states.shape[0] * self.plan.capacity, states.shape[1] * states.shape[3])
-            for states in (key_states, value_states)
-        )
+        self.keys, self.values = (states.new_zeros(num_rows, states.shape[3]) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(
@@ -95,18 +91,22 @@ class SlotLayer(CacheLayerMixin):
         """Write the new rows; returns keys and values of the visible slots, each [B, heads, S, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.plan.rows is not None, "a forward before place()"
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
+        plan = self.plan
+        assert plan.slots is not None, "a forward before place()"
+        if self.num_heads not in plan.rows:
+            plan.rows[self.num_heads] = memory_rows(plan.slots, self.num_heads, plan.capacity)
+        rows = plan.rows[self.num_heads]
+        return self._write(self.keys, key_states, rows), self._write(self.values, value_states, rows)
 
     def _write(
         self,
-        memory: torch.Tensor,  # [B*capacity, heads*D]
+        memory: torch.Tensor,  # [B*heads*capacity, D]
         states: torch.Tensor,  # [B, heads, Q, D]
+        rows: torch.Tensor,  # [B*heads*Q]
     ) -> torch.Tensor:
         batch, heads, _, head_dim = states.shape
-        memory.index_copy_(0, self.plan.rows, states.transpose(1, 2).reshape(-1, heads * head_dim))
-        slots = memory.view(batch, self.plan.capacity, heads, head_dim)[:, : self.plan.num_visible]
-        return slots.transpose(1, 2)
+        memory.index_copy_(0, rows, states.reshape(-1, head_dim))
+        return memory.view(batch, heads, self.plan.capacity, head_dim)[:, :, : self.plan.num_visible]
 
     def move(
         self,
@@ -129,3 +129,13 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Slots of a sequence."""
         return self.plan.capacity
+
+
+def memory_rows(
+    slots: torch.Tensor,  # [B, N] int64
+    num_heads: int,
+    capacity: int,
+) -> torch.Tensor:
+    """Which rows of a layer's memory these slots are, head by head: [B*heads*N]."""
+    starts = torch.arange(slots.shape[0] * num_heads, device=slots.device) * capacity
+    return (starts.view(-1, num_heads, 1) + slots[:, None]).flatten()

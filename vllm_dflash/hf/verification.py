@@ -40,15 +40,20 @@ class TargetMasks:
     def __call__(
         self,
         visible: torch.Tensor,  # [B, Q, S] bool
-        row_positions: torch.Tensor,  # [B, Q]
-        slot_positions: torch.Tensor,  # [B, S]
+        positions: torch.Tensor,  # [B, Q] of the rows
+        lengths: torch.Tensor | None,  # [B]; the rows are in the slots right behind so many; None: at their positions
         dtype: torch.dtype,
     ) -> Any:
         """Additive masks [B, 1, Q, S], by kind of layer where there are several."""
         full = additive(visible, dtype)
         if not (self.by_kind or self.all_sliding):
             return full
-        behind = row_positions[:, :, None] - slot_positions[:, None, :]
+        num_slots = visible.shape[2]
+        if lengths is None:
+            slot_positions = torch.arange(num_slots, device=positions.device)[None]
+        else:
+            slot_positions = positions_of_slots(lengths, positions, num_slots)
+        behind = positions[:, :, None] - slot_positions[:, None]
         sliding = additive(visible & (behind < self.window), dtype)
         return {_FULL: full, _SLIDING: sliding} if self.by_kind else sliding
 
