@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import BatchEncoding, PreTrainedModel, TextStreamer
 
 from tests.helpers import drafter, one_thread, randomise, target, target_config
 from vllm_dflash.hf import generation
@@ -212,6 +212,13 @@ def test_padding_on_the_right_is_padding_too() -> None:
     mask = torch.tensor([[1] * len(ids) + [0] * (WIDTH - len(ids)) for ids in PROMPTS])
     got = drafter(block_size=BLOCK).spec_generate(right, model, 9, attention_mask=mask)
     assert torch.equal(got, torch.cat((right, expected), dim=1))
+
+
+def test_what_a_tokenizer_returns_will_do() -> None:
+    model = target()
+    encoding = BatchEncoding({"input_ids": LEFT, "attention_mask": LEFT_MASK})
+    got = drafter(block_size=BLOCK).spec_generate(input_ids=encoding, max_new_tokens=9, target=model)
+    assert torch.equal(got, greedy(model, 9))
 
 
 @pytest.mark.parametrize("tree_budget", [None, 8], ids=["chain", "tree"])

@@ -10,6 +10,7 @@ Letters: B batch, T new context rows, Q block rows, F tapped layers, H hidden si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -271,7 +272,7 @@ class DFlashDraftModel(PreTrainedModel):
     @torch.inference_mode()
     def spec_generate(
         self,
-        input_ids: torch.Tensor,  # [B, P]
+        input_ids: torch.Tensor | Mapping[str, torch.Tensor],  # [B, P]; or what a tokenizer returns
         target: nn.Module,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -296,6 +297,9 @@ class DFlashDraftModel(PreTrainedModel):
                 f"mask_token_id = {mask_token_id}, and {self.dflash.source} was trained with {self.mask_token_id}: "
                 "leave the argument out"
             )
+        if isinstance(input_ids, Mapping):  # Transformers' chat templates give ids and mask together since version 5
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            input_ids = input_ids["input_ids"]
         sampling = Sampling(temperature, top_k, top_p, generator)
         output = spec_generate(
             self,
