@@ -255,12 +255,14 @@ def draft_tree(
     num_slots = sequences.longest + draft.block_size
     context_slots = torch.where(context.is_real, context.positions, cache.spare_slot)
     cache.place(torch.cat((context_slots, block_slots), dim=1), num_slots)
-    visible = torch.arange(num_slots, device=block.device) <= block_slots[:, -1:]  # [B, S]
+    visible = None  # [B, 1, 1, S]; not needed where no other sequence is longer
+    if len(sequences.tokens) > 1:
+        visible = (torch.arange(num_slots, device=block.device) <= block_slots[:, -1:])[:, None, None]
     hidden = draft(
         position_ids=torch.cat((context.positions, block_slots), dim=1),
         noise_embedding=draft.embed(block, target),
         target_hidden=context.features,
-        attention_mask=visible[:, None, None],
+        attention_mask=visible,
         past_key_values=cache,
     )
     logits = draft.draft_logits(hidden[:, 1:], target)  # [B, K, V]

@@ -111,7 +111,7 @@ class DFlashAttention(nn.Module):
         hidden_states: torch.Tensor,  # [B, Q, H]
         context_states: torch.Tensor,  # [B, T, H]
         rope: tuple[torch.Tensor, torch.Tensor],  # each [B, 1, T+Q, rotary_dim]
-        mask: torch.Tensor,  # bool [B, 1, Q, N+T+Q]
+        mask: torch.Tensor | None,  # bool [B, 1, Q, N+T+Q]; None: all see all
         cache: Cache | None,
     ) -> torch.Tensor:
         num_rows = hidden_states.shape[1]
@@ -143,7 +143,7 @@ class DFlashDecoderLayer(nn.Module):
         hidden_states: torch.Tensor,  # [B, Q, H]
         context_states: torch.Tensor,  # [B, T, H]
         rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,  # bool [B, 1, Q, N+T+Q]
+        mask: torch.Tensor | None,  # bool [B, 1, Q, N+T+Q]; None: all see all
         cache: Cache | None,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
@@ -233,10 +233,12 @@ class DFlashDraftModel(PreTrainedModel):
         context_states = self.hidden_norm(self.fc(target_hidden))
         rope = self.rotary_emb(position_ids, noise_embedding.dtype)
         key_positions = _key_positions(position_ids, past_key_values)  # [B, N+T+Q]
-        masks: dict[LayerAttention, torch.Tensor] = {}  # most drafters have one rule or two for all layers
+        masks: dict[LayerAttention, torch.Tensor | None] = {}  # most drafters have one rule or two for all layers
         for rule in {layer.self_attn.rule for layer in self.layers}:
-            mask = visible(rule, position_ids[:, -num_rows:], key_positions)
-            masks[rule] = mask if attention_mask is None else mask & attention_mask
+            masks[rule] = attention_mask
+            if rule.causal or rule.sliding_window is not None:
+                mask = visible(rule, position_ids[:, -num_rows:], key_positions)
+                masks[rule] = mask if attention_mask is None else mask & attention_mask
         hidden_states = noise_embedding
         for layer in self.layers:
             hidden_states = layer(hidden_states, context_states, rope, masks[layer.self_attn.rule], past_key_values)
