@@ -51,13 +51,13 @@ class Limits:
     max_new_tokens: int
     stop_token_ids: frozenset[int]
 
-    def cut(self, new_tokens: list[int]) -> tuple[list[int], bool]:
-        """What of a sequence's generated tokens is kept, and whether it has ended."""
-        kept = new_tokens[: self.max_new_tokens]
+    def cut(self, tokens: list[int], num_before: int) -> tuple[list[int], bool]:
+        """What is kept of tokens that follow `num_before` generated ones, and whether the sequence has ended."""
+        kept = tokens[: self.max_new_tokens - num_before]
         for index, token in enumerate(kept):
             if token in self.stop_token_ids:
                 return kept[: index + 1], True
-        return kept, len(kept) == self.max_new_tokens
+        return kept, num_before + len(kept) == self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,15 @@ class Sequences:
     """Each sequence's text, and how much of it the target has seen: all but its last token, the anchor."""
 
     def __init__(self, prompts: Prompts, first_tokens: torch.Tensor, limits: Limits) -> None:
-        device = first_tokens.device
         self.limits = limits
         self.prompt_lengths = prompts.lengths
-        self.tokens = [ids + [token] for ids, token in zip(prompts.tokens(), first_tokens.tolist(), strict=True)]
-        self.lengths = torch.tensor(prompts.lengths, device=device)  # [B] context rows, one less than tokens
+        self.tokens = prompts.tokens()
+        self.lengths = torch.tensor(prompts.lengths, device=first_tokens.device)  # [B] context rows
         self.longest = max(prompts.lengths)
         self.anchors = first_tokens  # [B]
-        self.active = torch.ones(len(self.tokens), dtype=torch.bool, device=device)  # [B]
         self.acceptance_lengths: list[list[int]] = [[] for _ in self.tokens]
-        self._update_active()
+        self.is_active = [self._add(row, [token]) for row, token in enumerate(first_tokens.tolist())]
+        self.active = torch.tensor(self.is_active, device=first_tokens.device)  # [B] bool
 
     def new_tokens(self, row: int) -> list[int]:
         return self.tokens[row][self.prompt_lengths[row] :]
@@ -102,14 +101,16 @@ class Sequences:
         rows = torch.cat((accepted, walked.num_accepted[:, None], walked.next_token_ids[:, None]), dim=1).tolist()
         for row, (*ids, count, bonus) in enumerate(rows):
             if self.is_active[row]:
-                self.tokens[row] += [*ids[:count], bonus]
+                self.longest = max(self.longest, len(self.tokens[row]) + count)
                 self.acceptance_lengths[row].append(count + 1)
-        self.longest = max(self.longest, *(len(tokens) - 1 for tokens in self.tokens))
-        self._update_active()
-
-    def _update_active(self) -> None:
-        self.is_active = [not self.limits.cut(self.new_tokens(row))[1] for row in range(len(self.tokens))]
+                self.is_active[row] = self._add(row, [*ids[:count], bonus])
         self.active = torch.tensor(self.is_active, device=self.active.device)
+
+    def _add(self, row: int, tokens: list[int]) -> bool:
+        """Add to a sequence's text what is kept of these; returns whether it goes on."""
+        kept, ended = self.limits.cut(tokens, len(self.tokens[row]) - self.prompt_lengths[row])
+        self.tokens[row] += kept
+        return not ended
 
 
 def spec_generate(
@@ -283,10 +284,10 @@ class Said:
 
     def update(self) -> None:
         if self.streamer is not None:
-            kept, _ = self.sequences.limits.cut(self.sequences.new_tokens(0))
-            if len(kept) > self.told:
-                self.streamer.put(torch.tensor(kept[self.told :]))
-            self.told = len(kept)
+            new = self.sequences.new_tokens(0)
+            if len(new) > self.told:
+                self.streamer.put(torch.tensor(new[self.told :]))
+            self.told = len(new)
 
     def end(self) -> None:
         if self.streamer is not None:
@@ -299,7 +300,7 @@ def joined(
     padding: int,
 ) -> torch.Tensor:
     """Prompts as given and what was generated, [B, P+n], as `generate` returns them."""
-    new = [sequences.limits.cut(sequences.new_tokens(row))[0] for row in range(len(sequences.tokens))]
+    new = [sequences.new_tokens(row) for row in range(len(sequences.tokens))]
     longest = max(map(len, new))
     padded = [ids + [padding] * (longest - len(ids)) for ids in new]
     return torch.cat((input_ids, input_ids.new_tensor(padded)), dim=1)

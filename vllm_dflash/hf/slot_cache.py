@@ -57,8 +57,10 @@ class SlotCache(Cache):
         rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in self.layers:
             if layer.num_heads not in rows:
-                pair = (memory_rows(slots, layer.num_heads, self.plan.capacity) for slots in (sources, targets))
-                rows[layer.num_heads] = (*pair,)
+                rows[layer.num_heads] = (
+                    memory_rows(sources, layer.num_heads, self.plan.capacity),
+                    memory_rows(targets, layer.num_heads, self.plan.capacity),
+                )
             layer.move(*rows[layer.num_heads])
 
 

@@ -45,9 +45,8 @@ class TargetMasks:
         dtype: torch.dtype,
     ) -> Any:
         """Additive masks [B, 1, Q, S], by kind of layer where there are several."""
-        full = additive(visible, dtype)
         if not (self.by_kind or self.all_sliding):
-            return full
+            return additive(visible, dtype)
         num_slots = visible.shape[2]
         if lengths is None:
             slot_positions = torch.arange(num_slots, device=positions.device)[None]
@@ -55,7 +54,7 @@ class TargetMasks:
             slot_positions = positions_of_slots(lengths, positions, num_slots)
         behind = positions[:, :, None] - slot_positions[:, None]
         sliding = additive(visible & (behind < self.window), dtype)
-        return {_FULL: full, _SLIDING: sliding} if self.by_kind else sliding
+        return {_FULL: additive(visible, dtype), _SLIDING: sliding} if self.by_kind else sliding
 
 
 def additive(
