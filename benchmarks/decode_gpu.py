@@ -32,6 +32,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from gpu.card import CardMonitor
 from gpu.decode.child import serve
 from gpu.decode.job import engine_job
 from gpu.decode.report import markdown
@@ -124,13 +125,15 @@ class Benchmark:
         self.points: list[Record] = []
         self.profiles: list[Record] = []
         self.draft_graphs: list[Record] = []
+        self.card = CardMonitor()
 
     def run(self) -> None:
         args = self.args
         jobs = {name: engine_job(name, self.workload) for name in args.engines}
         environments = {name: environment(name) for name in args.engines}
         timeout = min(args.start_timeout, args.time_limit)
-        with started_engines(jobs, __file__, environments, self.folder, timeout) as (engines, self.facts):
+        engines_up = started_engines(jobs, __file__, environments, self.folder, timeout)
+        with self.card, engines_up as (engines, self.facts):
             self._check_drafters()
             self._time_draft_graphs(engines)
             self._measure_points(engines)
@@ -156,27 +159,30 @@ class Benchmark:
             longest = max(longest, time.monotonic() - begun)
 
     def _measure(self, engines: dict[str, Engine], index: int, context: int, count: int) -> Record:
-        """Warm-up and all rounds of one point. The engines' order moves on with every round."""
+        """Warm-up and all rounds of one point. The engines take turns in every order, so that none always follows one
+        that heats the card."""
         for name, engine in engines.items():
             self._warm_up(name, engine, context, count)
         rounds: list[dict[str, Record]] = []
         outputs: list[dict[str, list[list[int]]]] = []
-        names = list(engines)
         begun = time.monotonic()
-        for number in itertools.count():
+        orders = itertools.cycle(itertools.permutations(engines))
+        for number, order in enumerate(orders):
             if number >= self.args.rounds and time.monotonic() - begun > self.args.point_seconds:
                 break
             prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
-            first = (index + number) % len(names)
-            answers = {
-                name: engines[name].ask(self.workload.request(prompts), self.args.run_timeout)
-                for name in names[first:] + names[:first]
-            }
+            answers = {name: self._turn(engines[name], prompts) for name in order}
             outputs.append({name: answer.pop("token_ids") for name, answer in answers.items()})
-            rounds.append({name: answers[name] for name in names})
+            rounds.append({name: answers[name] for name in engines})
             say(f"context {context}, {count} requests, round {number + 1}: {round_line(rounds[-1])}")
         point: Record = {"context": context, "requests": count, "rounds": rounds}
         return point | (compared(point, outputs) if self.args.real else {})
+
+    def _turn(self, engine: Engine, prompts: list[list[int]]) -> Record:
+        """One batch of one engine, and what the card did meanwhile."""
+        begun = time.monotonic()
+        answer: Record = engine.ask(self.workload.request(prompts), self.args.run_timeout)
+        return answer | self.card.between(begun, time.monotonic())
 
     def _warm_up(self, name: str, engine: Engine, context: int, count: int) -> None:
         prompts = self.workload.prompts(context, count, seed=-1)
@@ -241,10 +247,15 @@ class Benchmark:
 
 def round_line(answers: dict[str, Record]) -> str:
     """What each engine's step took, and how ours compares."""
-    text = ", ".join(f"{name} {answer['ms_step']:.3f} ms x{answer['length']:.2f}" for name, answer in answers.items())
+    text = ", ".join(f"{name} {turn_text(answer)}" for name, answer in answers.items())
     if OWN in answers and OURS in answers:
         text += f"; step ours/own {answers[OURS]['ms_step'] / answers[OWN]['ms_step']:.3f}"
     return text
+
+
+def turn_text(answer: Record) -> str:
+    clock = f" at {answer['sm_mhz']:.0f} MHz" if "sm_mhz" in answer else ""
+    return f"{answer['ms_step']:.3f} ms x{answer['length']:.2f}{clock}"
 
 
 def compared(point: Record, outputs: list[dict[str, list[list[int]]]]) -> Record:

@@ -37,7 +37,8 @@ def heading(workload: Workload, result: Record) -> list[str]:
         "",
         f"{result['date']}, {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
         f"{model}, K = {workload.k}, {kind}, greedy, {args.output_tokens} tokens out; "
-        f"engines in turn, {args.rounds} rounds and more for {args.point_seconds:g} s at each point.",
+        "engines in turn, in changing order; "
+        f"{args.rounds} rounds and more for {args.point_seconds:g} s at each point.",
         "",
         f"    {result['command']}",
         "",
@@ -60,6 +61,7 @@ def context_table(workload: Workload, names: list[str], context: int, points: li
     heads += ["step: ours / vLLM's own (min-max)"] if ratio else []
     heads += [f"{LABELS[name]} to no speculation" for name in names if name != NONE and NONE in names]
     heads += ["acceptance length", "differing outputs"] if workload.args.real else []
+    heads += ["SM clock, MHz"] if clocked(points) else []
     lines = [f"**{context} tokens in.**{shared if workload.shares(context) else ''} Medians over the rounds.", ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "--:|" * len(heads)]
     lines += ["| " + " | ".join(point_cells(workload, names, point)) + " |" for point in points]
@@ -84,7 +86,18 @@ def point_cells(workload: Workload, names: list[str], point: Record) -> list[str
             cells.append(f"{statistics.median(ratios):.2f}")
     if workload.args.real:
         cells += [real_lengths(names, rounds), f"{point['differing']} of {point['compared']}"]
+    if clocked([point]):
+        cells.append(", ".join(f"{median_clock(rounds, name):.0f}" for name in names))
     return cells
+
+
+def clocked(points: list[Record]) -> bool:
+    """Does every turn of these points know the card's clock?"""
+    return all("sm_mhz" in answer for point in points for answers in point["rounds"] for answer in answers.values())
+
+
+def median_clock(rounds: list[dict[str, Record]], name: str) -> float:
+    return statistics.median(answers[name]["sm_mhz"] for answers in rounds)
 
 
 def rate(workload: Workload, name: str, answers: dict[str, Record], count: int) -> float:
