@@ -2,7 +2,7 @@
 """Draft trees on Transformers: acceptance length and tokens/s over node budgets, one sequence at a time, greedy.
 
     python benchmarks/spec_generate.py                       # the shipped pair, on this machine's CPU
-    python benchmarks/spec_generate.py --pair DIR --device cuda --dtype bfloat16
+    python benchmarks/spec_generate.py --pair DIR --device cuda --dtype bfloat16 --compile
 
 Plain greedy decoding by `generate`, the chain (budget 0) and each tree take turns prompt by prompt, so that a machine
 that drifts slows all of them alike. Texts are compared token by token. The last line is JSON.
@@ -11,6 +11,7 @@ that drifts slows all of them alike. Texts are compared token by token. The last
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -27,7 +28,7 @@ from vllm_dflash.benchmark.prompts import load_prompts
 from vllm_dflash.console import SHIPPED_PAIR
 from vllm_dflash.hf import DFlashDraftModel
 
-PLAIN, CHAIN = "no speculation", "chain"
+PLAIN, CHAIN, EAGER_CHAIN = "no speculation", "chain", "chain without graphs"
 
 Answer = tuple[torch.Tensor, list[int]]  # sequences [1, P+n], acceptance lengths
 
@@ -41,7 +42,7 @@ def main() -> None:
     prompts = [list(prompt.token_ids or ()) for prompt in load_prompts(args.pair / "heldout.jsonl", args.num_prompts)]
     ids = [torch.tensor([prompt], device=args.device) for prompt in prompts]
     for generate in methods.values():
-        generate(ids[0])  # warm-up
+        generate(max(ids, key=lambda prompt: prompt.shape[1]))  # warm-up, with the caches that all others fit
     rounds = [measure(methods, ids, args.device) for _ in range(args.rounds)]
     report(args, list(methods), rounds)
 
@@ -55,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="rounds as CUDA graphs; the chain also without")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU; 0: its own choice")
     args = parser.parse_args()
     if not (args.pair / "target" / "config.json").is_file():
@@ -73,15 +75,18 @@ def make_methods(args: argparse.Namespace) -> dict[str, Callable[[torch.Tensor],
         text = target.generate(ids, do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0)
         return text, []
 
-    def speculate(budget: int | None) -> Callable[[torch.Tensor], Answer]:
+    def speculate(budget: int | None, compiled: bool) -> Callable[[torch.Tensor], Answer]:
+        mine = copy.copy(draft)  # the same weights; each keeps graphs of its own
+
         def generate(ids: torch.Tensor) -> Answer:
-            output = draft.spec_generate(ids, target, tokens, return_stats=True, tree_budget=budget)
+            output = mine.spec_generate(ids, target, tokens, return_stats=True, tree_budget=budget, compile=compiled)
             return output.sequences, output.acceptance_lengths
 
         return generate
 
-    trees = {f"tree of {budget}": speculate(budget) for budget in args.budgets}
-    return {PLAIN: plain, CHAIN: speculate(None)} | trees
+    eager = {EAGER_CHAIN: speculate(None, False)} if args.compile else {}
+    trees = {f"tree of {budget}": speculate(budget, args.compile) for budget in args.budgets}
+    return {PLAIN: plain, CHAIN: speculate(None, args.compile)} | eager | trees
 
 
 def measure(

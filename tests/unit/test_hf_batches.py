@@ -19,7 +19,8 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, TextStreamer
 
 from tests.helpers import drafter, one_thread, randomise, target, target_config
-from vllm_dflash.hf import generation
+from vllm_dflash.hf import SpecGenerateOutput
+from vllm_dflash.hf import round as round_
 from vllm_dflash.hf.slot_cache import SlotCache
 from vllm_dflash.tree import DraftTree
 
@@ -121,30 +122,30 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[tuple[int, int]
 
     Returns a record of what the drafter really drafted, by row and number of tokens so far.
     """
-    real = generation.draft_tree
+    real = round_.draft_tree
 
     def patch(texts: list[list[int]], counts: list[int], decoys: bool) -> dict[tuple[int, int], list[int]]:
         drafted: dict[tuple[int, int], list[int]] = {}
         turns = [cycle(counts[row % len(counts) :] + counts[: row % len(counts)]) for row in range(len(texts))]
 
-        def planted(draft, target, sequences, *rest):
-            tree = real(draft, target, sequences, *rest)  # keeps the draft cache as it would be
+        def planted(draft, target, state, *rest):
+            tree = real(draft, target, state, *rest)  # keeps the draft cache as it would be
             right = []
-            for row, tokens in enumerate(sequences.tokens):
-                drafted.setdefault((row, len(tokens)), tree.token_ids[row].tolist())
-                done = len(tokens) - len(PROMPTS[row])
+            for row, length in enumerate(state.lengths.tolist()):
+                drafted.setdefault((row, length + 1), tree.token_ids[row].tolist())
+                done = length + 1 - len(PROMPTS[row])
                 wanted = (texts[row] + [0] * BLOCK)[done : done + BLOCK - 1]
                 count = next(turns[row])
                 right.append([*wanted[:count], *((token + 2) % VOCAB for token in wanted[count:])])
             return planted_tree(right, decoys)
 
-        monkeypatch.setattr(generation, "draft_tree", planted)
+        monkeypatch.setattr(round_, "draft_tree", planted)
         return drafted
 
     return patch
 
 
-def generate(model: PreTrainedModel, max_new_tokens: int, **options: Any) -> generation.SpecGenerateOutput:
+def generate(model: PreTrainedModel, max_new_tokens: int, **options: Any) -> SpecGenerateOutput:
     options = {"attention_mask": LEFT_MASK} | options
     return drafter(block_size=BLOCK).spec_generate(LEFT, model, max_new_tokens, return_stats=True, **options)
 

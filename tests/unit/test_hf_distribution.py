@@ -21,7 +21,8 @@ from scipy.stats import chisquare
 from transformers import Qwen3ForCausalLM
 
 from tests.helpers import drafter, one_thread, target
-from vllm_dflash.hf import SpecGenerateOutput, generation
+from vllm_dflash.hf import SpecGenerateOutput
+from vllm_dflash.hf import round as round_
 
 ALPHA = 1e-4
 VOCAB, LENGTH, SAMPLES, BATCH = 8, 3, 8000, 1000
@@ -86,7 +87,7 @@ def test_the_distribution_is_the_targets(model, exact, tree_budget: int | None) 
 @pytest.mark.parametrize("tree_budget", [None, 6], ids=["chain", "tree"])
 def test_a_planted_bias_is_noticed(model, exact, tree_budget, monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk that takes the drafter's word for the target's in one of ten rounds."""
-    real = generation.walk
+    real = round_.walk
 
     def credulous(tree, ancestors, target_ids, num_depths):
         believes = torch.rand(len(target_ids), generator=generator) < 0.1
@@ -94,5 +95,5 @@ def test_a_planted_bias_is_noticed(model, exact, tree_budget, monkeypatch: pytes
         return real(tree, ancestors, target_ids, num_depths)
 
     generator = torch.Generator().manual_seed(1)
-    monkeypatch.setattr(generation, "walk", credulous)
+    monkeypatch.setattr(round_, "walk", credulous)
     assert p_value(sample(model, tree_budget)[0], exact) < ALPHA

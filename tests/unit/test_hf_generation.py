@@ -14,7 +14,8 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from tests.helpers import drafter, one_thread, target
-from vllm_dflash.hf import SpecGenerateOutput, TargetFeatures, generation
+from vllm_dflash.hf import SpecGenerateOutput, TargetFeatures
+from vllm_dflash.hf import round as round_
 from vllm_dflash.hf.choosing import Sampling
 
 PROMPT = [5, 9, 2, 40, 7]
@@ -45,22 +46,22 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], list[int]], d
 
     Returns a record of what the drafter really drafted, by the number of tokens so far.
     """
-    real = generation.draft_tree
+    real = round_.draft_tree
 
     def patch(text: list[int], counts: list[int]) -> dict[int, list[int]]:
         drafted: dict[int, list[int]] = {}
         rounds = cycle(counts)
 
-        def planted(draft, target, sequences, *rest):
-            tree = real(draft, target, sequences, *rest)  # keeps the draft cache as it would be
-            tokens = sequences.tokens[0]
-            drafted[len(tokens)] = [tokens[-1], *tree.token_ids[0].tolist()]
-            done, right = len(tokens) - len(PROMPT), next(rounds)
+        def planted(draft, target, state, *rest):
+            tree = real(draft, target, state, *rest)  # keeps the draft cache as it would be
+            num_tokens = int(state.lengths[0]) + 1
+            drafted[num_tokens] = [int(state.anchors[0]), *tree.token_ids[0].tolist()]
+            done, right = num_tokens - len(PROMPT), next(rounds)
             for row, wanted in enumerate(text[done : done + BLOCK - 1]):
                 tree.token_ids[0, row] = wanted if row < right else (wanted + 1) % 96
             return tree
 
-        monkeypatch.setattr(generation, "draft_tree", planted)
+        monkeypatch.setattr(round_, "draft_tree", planted)
         return drafted
 
     return patch

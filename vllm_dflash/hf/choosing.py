@@ -34,8 +34,11 @@ class Sampling:
             return logits.argmax(dim=-1)
         rows = logits.float().flatten(0, -2) / self.temperature
         rows = self._warpers()(torch.empty(0), rows)  # warpers look at no input_ids
-        chosen = torch.multinomial(rows.softmax(dim=-1), num_samples=1, generator=self.generator)
-        return chosen.view(logits.shape[:-1])
+        probs = rows.softmax(dim=-1)
+        # Of exponential variables of rates p, the smallest is that of i with probability p_i. `torch.multinomial` does
+        # the same, but waits for the device to check its arguments.
+        noise = torch.empty_like(probs).exponential_(generator=self.generator)
+        return (probs / noise).argmax(dim=-1).view(logits.shape[:-1])
 
     def _warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()

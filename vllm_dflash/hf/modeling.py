@@ -25,6 +25,7 @@ from vllm_dflash.checkpoint import check_tensors, read_mask_embedding, read_tens
 from vllm_dflash.config import DFlashConfig, LayerAttention
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
+from vllm_dflash.hf.graphs import Workspace
 from vllm_dflash.hf.slot_cache import SlotCache
 
 
@@ -124,6 +125,8 @@ class DFlashAttention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
+        if mask is not None and k.is_cuda:  # no fast kernel takes a mask and grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -161,6 +164,7 @@ class DFlashDraftModel(PreTrainedModel):
     config_class = Qwen3Config
     base_model_prefix = ""
     mask_embedding: torch.Tensor | None
+    workspace: Workspace | None = None  # what `spec_generate(compile=True)` keeps for the next call
     _supports_sdpa = True
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -271,6 +275,10 @@ class DFlashDraftModel(PreTrainedModel):
         full[..., target_ids] = logits
         return full
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: CUDA graphs belong to this object alone."""
+        return {name: value for name, value in super().__getstate__().items() if name != "workspace"}
+
     @torch.inference_mode()
     def spec_generate(
         self,
@@ -288,6 +296,7 @@ class DFlashDraftModel(PreTrainedModel):
         generator: torch.Generator | None = None,
         tree_budget: int | None = None,
         streamer: Any = None,
+        compile: bool = False,
     ) -> torch.Tensor | SpecGenerateOutput:
         """Generate with `target`, drafting with this model. See :func:`vllm_dflash.hf.generation.spec_generate`.
 
@@ -313,6 +322,7 @@ class DFlashDraftModel(PreTrainedModel):
             attention_mask,
             tree_budget,
             streamer,
+            compile,
         )
         return output if return_stats else output.sequences
 
