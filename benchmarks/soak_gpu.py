@@ -8,9 +8,9 @@ sample at temperature 1. A second engine on the same device, without speculation
 every token must be the same, up to the last one of those that were aborted. The pool of KV blocks is too small for the
 largest moments, so that requests are preempted too.
 
-At a difference the reference tells how far its two likeliest tokens are apart. Where the other engine took the second
-of two that are closer than --near-tie, rounding decided; those are counted apart. In float32 that is rare. In bfloat16
-it is not, though vLLM's batch-invariant kernels are switched on: a logit has steps of 0.03 to 0.06 there.
+At a difference the reference tells how far it sees both tokens behind its likeliest. Where both are closer to that than
+--near-tie, rounding decided; those are counted apart. In float32 that is rare. In bfloat16 it is not, though vLLM's
+batch-invariant kernels are switched on: a logit has steps of 0.03 to 0.06 there, and three tokens can be as likely.
 
 At the end no request, KV block or GPU memory may be left over. Exit status 1 on a wrong token or a leak. The last line
 is JSON.

@@ -45,18 +45,23 @@ class Comparison:
         near = False
         if position < min(len(expected), len(output["token_ids"])):
             record |= self._explain(output, expected, position, reference)
-            tied = {record["got"], record["expected"]} <= {token for token, _ in record["reference_top"]}
-            near = record["gap"] < self.near_tie and tied
+            near = max(record["got_behind"], record["expected_behind"]) < self.near_tie
         else:
             record |= {"got_tokens": len(output["token_ids"]), "expected_tokens": len(expected)}
         (self.near_ties if near else self.wrong).append(record)
         say(f"{'near tie' if near else 'WRONG'}: {json.dumps(record)}")
 
     def _explain(self, output: Record, expected: list[int], position: int, reference: Engine) -> Record:
-        """Both tokens at the difference, and the reference's two likeliest there."""
+        """Both tokens at the difference, and how far the reference sees each behind its likeliest there."""
         top = reference.ask({"explain": output["prompt"] + expected[:position]}, self.timeout)
         got, wanted = output["token_ids"][position], expected[position]
-        return {"got": got, "expected": wanted, "reference_top": top, "gap": top[0][1] - top[1][1]}
+        return {
+            "got": got,
+            "expected": wanted,
+            "got_behind": behind(top, got),
+            "expected_behind": behind(top, wanted),
+            "reference_top": top,
+        }
 
     def result(self) -> Record:
         return {
@@ -67,3 +72,8 @@ class Comparison:
             "near_ties": self.near_ties[:50],
             "near_tie_requests": len(self.near_ties),
         }
+
+
+def behind(top: list[tuple[int, float]], token: int) -> float:
+    """How far in logprob a token is behind the first; infinite where it is not among these."""
+    return next((top[0][1] - logprob for other, logprob in top if other == token), float("inf"))

@@ -9,13 +9,15 @@ from typing import Any
 
 from gpu.names import Record
 
+EXPLAINED = 8  # more than two can be equally likely
+
 
 def serve_reference(connection: Connection, llm: Any) -> None:
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
             if "explain" in request:
-                connection.send(top_two(llm, request["explain"]))
+                connection.send(likeliest(llm, request["explain"]))
             else:
                 connection.send({"token_ids": reference_outputs(llm, request["requests"])})
 
@@ -30,11 +32,11 @@ def reference_outputs(llm: Any, requests: list[Record]) -> list[list[int]]:
     return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, sampling, use_tqdm=False)]
 
 
-def top_two(llm: Any, prompt: list[int]) -> list[tuple[int, float]]:
-    """The two likeliest tokens after the prompt, with their logprobs."""
-    output = llm.generate([{"prompt_token_ids": prompt}], sampling_params(1, logprobs=2), use_tqdm=False)[0]
+def likeliest(llm: Any, prompt: list[int]) -> list[tuple[int, float]]:
+    """The EXPLAINED likeliest tokens after the prompt, with their logprobs, descending."""
+    output = llm.generate([{"prompt_token_ids": prompt}], sampling_params(1, logprobs=EXPLAINED), use_tqdm=False)[0]
     found = output.outputs[0].logprobs[0].items()
-    return sorted(((int(token), entry.logprob) for token, entry in found), key=lambda pair: -pair[1])[:2]
+    return sorted(((int(token), entry.logprob) for token, entry in found), key=lambda pair: -pair[1])[:EXPLAINED]
 
 
 def sampling_params(max_tokens: int, **more: Any) -> Any:
