@@ -130,6 +130,12 @@ def chain(
     return DraftTree(token_ids, nodes - 1, nodes + 1, zeros, torch.ones_like(token_ids, dtype=torch.bool))
 
 
+@cache
+def chain_mask(num_nodes: int, device: torch.device) -> torch.Tensor:
+    """`ancestor_mask` of any chain of so many tokens, [1, 1+N, 1+N] bool."""
+    return torch.ones(1, 1 + num_nodes, 1 + num_nodes, dtype=torch.bool, device=device).tril()
+
+
 def ancestor_mask(
     tree: DraftTree,
     num_depths: int,  # D: no node is deeper

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList
 
+from vllm_dflash.hf.attention import grouped_heads
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.graphs import Workspace, WorkspaceKey, padded_slots
+from vllm_dflash.hf.processors import ProcessedChoice
 from vllm_dflash.hf.prompts import Prompts, check_pair, read_prompts
 from vllm_dflash.hf.round import Round, RoundState
 from vllm_dflash.hf.sequences import Limits, Said, Sequences, padding_id
@@ -57,6 +60,7 @@ def spec_generate(
     tree_budget: int | None = None,
     streamer: Any = None,
     compile: bool = False,
+    logits_processor: LogitsProcessorList | None = None,
 ) -> SpecGenerateOutput:
     """Generate up to `max_new_tokens` tokens a sequence, each ending at its first stop token (which is kept).
 
@@ -64,20 +68,25 @@ def spec_generate(
     target's distribution: a draft is kept exactly when the target's own sample equals it. `tree_budget` = N verifies
     the N likeliest continuations instead of a chain of K tokens. `streamer` is told tokens as they come, as in
     `generate`. `compile` makes a round one CUDA graph; graphs and caches stay with the drafter for the next call like
-    this one. Raises ValueError for a prompt, a limit or a pair that cannot be.
+    this one. `logits_processor` as in `generate`, shown one sequence at a time. Raises ValueError for a prompt, a limit or a pair that cannot be.
     """
     prompts = read_prompts(input_ids, attention_mask)
     _check(max_new_tokens, tree_budget, prompts, streamer)
     if compile:
         check_device(input_ids)
+        _check_no_processors(logits_processor)
     check_pair(draft, target, prompts)
     sampling = sampling or Sampling()
     started = time.perf_counter()
     one_round, decode = _prepared(draft, target, prompts, max_new_tokens, sampling, tree_budget, compile)
-    with one_round.features:
+    if logits_processor:
+        one_round.processed = ProcessedChoice(logits_processor, sampling, prompts)
+    with one_round.features, grouped_heads(target):
         state = one_round.prefill(prompts)
         limits = Limits(max_new_tokens, frozenset(stop_token_ids or ()))
         sequences = Sequences(prompts, state.anchors.tolist(), limits)
+        if one_round.processed is not None:
+            one_round.processed.sequences = sequences
         said = Said(streamer, input_ids, sequences)
         prefilled = time.perf_counter()
         reports = decode(state, sequences)
@@ -143,6 +152,14 @@ def _check(max_new_tokens: int, tree_budget: int | None, prompts: Prompts, strea
         raise ValueError(f"tree_budget must be None or a number of nodes of at least 1, found {tree_budget!r}")
     if streamer is not None and len(prompts.lengths) > 1:
         raise ValueError(f"a streamer takes one sequence, and input_ids has {len(prompts.lengths)}")
+
+
+def _check_no_processors(logits_processor: LogitsProcessorList | None) -> None:
+    if logits_processor:
+        names = [type(one).__name__ for one in logits_processor]
+        raise ValueError(
+            f"compile=True runs rounds without the host, and logits_processor = {names} needs each text there"
+        )
 
 
 def check_device(input_ids: torch.Tensor) -> None:

@@ -15,14 +15,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, PreTrainedModel, Qwen3Config
+from transformers import Cache, LogitsProcessorList, PreTrainedModel, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from vllm_dflash.checkpoint import check_tensors, read_mask_embedding, read_tensor_shapes, resolve_model_dir
 from vllm_dflash.config import DFlashConfig, LayerAttention
+from vllm_dflash.hf.attention import grouped_attention
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
 from vllm_dflash.hf.graphs import Workspace
@@ -66,10 +66,11 @@ def rotate(
     sin: torch.Tensor,  # [B, 1, S, rotary_dim]
 ) -> torch.Tensor:
     """NeoX-style RoPE on the first rotary_dim channels; the rest pass unchanged."""
-    turned, passed = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    rotary_dim = cos.shape[-1]
+    turned = x[..., :rotary_dim]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, passed), dim=-1)
+    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)
 
 
 def visible(
@@ -98,8 +99,8 @@ class DFlashAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def _heads(
         self,
@@ -125,9 +126,7 @@ class DFlashAttention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        if mask is not None and k.is_cuda:  # no fast kernel takes a mask and grouped heads
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        out = grouped_attention(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -138,8 +137,8 @@ class DFlashDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = DFlashAttention(config, index)
         self.mlp = Qwen3MLP(hf_config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -174,8 +173,8 @@ class DFlashDraftModel(PreTrainedModel):
             raise ValueError(f"{dflash.source}: is_neox_style = false is not supported by the Transformers backend")
         self.layers = nn.ModuleList(DFlashDecoderLayer(dflash, config, i) for i in range(dflash.num_hidden_layers))
         self.fc = nn.Linear(len(dflash.target_layer_ids) * dflash.target_hidden_size, dflash.hidden_size, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
-        self.norm = Qwen3RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
+        self.hidden_norm = nn.RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
+        self.norm = nn.RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(dflash, config)
         own = set(getattr(config, "own_tensors", ()))
         self.embed_tokens = (
@@ -297,6 +296,7 @@ class DFlashDraftModel(PreTrainedModel):
         tree_budget: int | None = None,
         streamer: Any = None,
         compile: bool = False,
+        logits_processor: LogitsProcessorList | None = None,
     ) -> torch.Tensor | SpecGenerateOutput:
         """Generate with `target`, drafting with this model. See :func:`vllm_dflash.hf.generation.spec_generate`.
 
@@ -323,6 +323,7 @@ class DFlashDraftModel(PreTrainedModel):
             tree_budget,
             streamer,
             compile,
+            logits_processor,
         )
         return output if return_stats else output.sequences
 

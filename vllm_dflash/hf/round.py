@@ -19,10 +19,11 @@ from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.slot_cache import SlotCache
 from vllm_dflash.hf.target_features import TargetFeatures
 from vllm_dflash.hf.verification import TargetMasks, candidate_visibility, prompt_visibility
-from vllm_dflash.tree import DraftTree, Walk, ancestor_mask, build_tree, chain, walk
+from vllm_dflash.tree import DraftTree, Walk, ancestor_mask, build_tree, chain, chain_mask, walk
 
 if TYPE_CHECKING:
     from vllm_dflash.hf.modeling import DFlashDraftModel
+    from vllm_dflash.hf.processors import ProcessedChoice
     from vllm_dflash.hf.prompts import Prompts
 
 
@@ -88,6 +89,7 @@ class Round:
         self.num_rows = 1 + (tree_budget or self.num_depths)  # of a verification
         self.widest = max(draft.block_size, self.num_rows)  # slots that a round may use behind a text
         self.features = TargetFeatures(target, draft.target_layer_ids)
+        self.processed: ProcessedChoice | None = None  # instead of `sampling`, where logits depend on the text
         self.masks = TargetMasks(target)
         self.target_cache = SlotCache(target.config.get_text_config(decoder=True).num_hidden_layers, capacity)
         self.draft_cache = SlotCache(draft.dflash.num_hidden_layers, capacity)
@@ -104,7 +106,8 @@ class Round:
         logits = self._run_target(prompts.token_ids, positions, visible, None, logits_to_keep=1)  # [B, 1, V]
         context = ContextRows(self.features.take(), positions, prompts.is_real)
         lengths = torch.tensor(prompts.lengths, device=positions.device)
-        return RoundState(self.sampling.choose(logits[:, -1]), lengths, context)
+        choose = self.processed.first if self.processed is not None else self.sampling.choose
+        return RoundState(choose(logits[:, -1]), lengths, context)
 
     def __call__(
         self,
@@ -114,9 +117,15 @@ class Round:
     ) -> tuple[RoundState, torch.Tensor]:
         """The next state, and a report [B, D+2] int64: the accepted tokens, how many count, the token after them."""
         tree = draft_tree(self.draft, self.target, state, self.draft_cache, window, self.tree_budget)
-        ancestors = ancestor_mask(tree, self.num_depths)
+        if self.tree_budget is None:
+            ancestors = chain_mask(self.num_depths, tree.depths.device).expand(len(state.anchors), -1, -1)
+        else:
+            ancestors = ancestor_mask(tree, self.num_depths)
         logits = self._verify(state, tree, ancestors, window.target)  # [B, 1+N, V]
-        walked = walk(tree, ancestors, self.sampling.choose(logits), self.num_depths)
+        if self.processed is not None:
+            walked = self.processed.walk(tree, logits, self.num_depths)
+        else:
+            walked = walk(tree, ancestors, self.sampling.choose(logits), self.num_depths)
         report = torch.cat(
             (accepted_tokens(tree, walked), walked.num_accepted[:, None], walked.next_token_ids[:, None]), dim=1
         )
