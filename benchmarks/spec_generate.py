@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft trees on Transformers: acceptance length and tokens/s over node budgets, one sequence at a time, greedy.
+"""Draft trees on Transformers: acceptance length and tokens/s over node budgets, one sequence at a time.
 
     python benchmarks/spec_generate.py                       # the shipped pair, on this machine's CPU
+    python benchmarks/spec_generate.py --temperature 1
     python benchmarks/spec_generate.py --pair DIR --device cuda --dtype bfloat16 --compile
 
-Plain greedy decoding by `generate`, the chain (budget 0) and each tree take turns prompt by prompt, so that a machine
-that drifts slows all of them alike. Texts are compared token by token. The last line is JSON.
+Plain decoding by `generate`, the chain (budget 0), each tree and "auto" take turns prompt by prompt, so that a machine
+that drifts slows all of them alike. Greedy texts are compared token by token. At a temperature the chain's tokens are
+samples of the drafter's distributions, or its likeliest ones ("greedy chain"). "uncalibrated" trees take the drafter's
+probabilities as they are. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_dflash.benchmark.prompts import load_prompts
 from vllm_dflash.console import SHIPPED_PAIR
 from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.hf.calibration import Calibration
 
 PLAIN, CHAIN, EAGER_CHAIN = "no speculation", "chain", "chain without graphs"
 
@@ -42,6 +47,7 @@ def main() -> None:
     prompts = [list(prompt.token_ids or ()) for prompt in load_prompts(args.pair / "heldout.jsonl", args.num_prompts)]
     ids = [torch.tensor([prompt], device=args.device) for prompt in prompts]
     for generate in methods.values():
+        torch.manual_seed(0)
         generate(max(ids, key=lambda prompt: prompt.shape[1]))  # warm-up, with the caches that all others fit
     rounds = [measure(methods, ids, args.device) for _ in range(args.rounds)]
     report(args, list(methods), rounds)
@@ -51,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=SHIPPED_PAIR, help="folder with target/, drafter/, heldout.jsonl")
     parser.add_argument("--budgets", type=lambda text: [int(n) for n in text.split(",")], default=[7, 15, 31, 63, 127])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--uncalibrated", type=lambda text: [int(n) for n in text.split(",")], default=[15, 31])
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -72,21 +80,31 @@ def make_methods(args: argparse.Namespace) -> dict[str, Callable[[torch.Tensor],
     tokens = args.max_new_tokens
 
     def plain(ids: torch.Tensor) -> Answer:
-        text = target.generate(ids, do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0)
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {}
+        text = target.generate(ids, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0, **sampling)
         return text, []
 
-    def speculate(budget: int | None, compiled: bool) -> Callable[[torch.Tensor], Answer]:
-        mine = copy.copy(draft)  # the same weights; each keeps graphs of its own
+    def speculate(budget: int | str | None, **options: Any) -> Callable[[torch.Tensor], Answer]:
+        mine = copy.copy(draft)  # the same weights; each keeps graphs and times of its own
+        mine.round_costs = {}
+        options = {"compile": args.compile, "temperature": args.temperature} | options
 
         def generate(ids: torch.Tensor) -> Answer:
-            output = mine.spec_generate(ids, target, tokens, return_stats=True, tree_budget=budget, compile=compiled)
+            output = mine.spec_generate(ids, target, tokens, return_stats=True, tree_budget=budget, **options)
             return output.sequences, output.acceptance_lengths
 
         return generate
 
-    eager = {EAGER_CHAIN: speculate(None, False)} if args.compile else {}
-    trees = {f"tree of {budget}": speculate(budget, args.compile) for budget in args.budgets}
-    return {PLAIN: plain, CHAIN: speculate(None, args.compile)} | eager | trees
+    eager = {EAGER_CHAIN: speculate(None, compile=False)} if args.compile else {}
+    if args.temperature:
+        eager["greedy chain"] = speculate(None, draft_sample_method="greedy")
+    trees = {f"tree of {budget}": speculate(budget) for budget in args.budgets}
+    depths = draft.block_size - 1
+    raw = Calibration(torch.ones(depths, device=args.device), torch.full((depths,), math.inf, device=args.device))
+    for budget in args.uncalibrated:
+        trees[f"tree of {budget}, uncalibrated"] = speculate(budget, calibration=raw)
+    trees["auto"] = speculate("auto")
+    return {PLAIN: plain, CHAIN: speculate(None)} | eager | trees
 
 
 def measure(
@@ -124,10 +142,11 @@ def report(args: argparse.Namespace, names: list[str], rounds: list[dict[str, di
             "acceptance_length": round(last["accepted"] / last["rounds"], 3) if last["rounds"] else None,
             "tokens_s": round(statistics.median(speeds), 1),
             "to_chain": round(statistics.median(to_chain), 3),
-            "same_text": f"{last['same']} of {args.num_prompts}",
+            "same_text": None if args.temperature else f"{last['same']} of {args.num_prompts}",
         })  # fmt: skip
-    print(f"{args.pair}, {args.dtype} on {args.device}, {args.num_prompts} prompts x {args.max_new_tokens} tokens, "
-          f"{args.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}\n")  # fmt: skip
+    print(f"{args.pair}, {args.dtype} on {args.device}, temperature {args.temperature:g}, {args.num_prompts} prompts x "
+          f"{args.max_new_tokens} tokens, {args.rounds} rounds; torch {torch.__version__}, "
+          f"transformers {transformers.__version__}\n")  # fmt: skip
     print("| method | acceptance length | tokens/s | to the chain | same text |\n|--|--:|--:|--:|--:|")
     for row in rows:
         print("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |")

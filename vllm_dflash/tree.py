@@ -31,6 +31,10 @@ class DraftTree:
     log_probs: torch.Tensor  # [R, N] fp32; summed from depth 1 on
     is_node: torch.Tensor  # [R, N] bool; False: padding, of tokens that the drafter cannot draft
 
+    def first(self, num_nodes: int) -> DraftTree:
+        """The tree of the first nodes, [R, num_nodes]: their parents are among them."""
+        return DraftTree(*(column[:, :num_nodes] for column in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Walk:

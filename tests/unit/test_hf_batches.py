@@ -8,6 +8,7 @@ between its rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -122,25 +123,25 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[tuple[int, int]
 
     Returns a record of what the drafter really drafted, by row and number of tokens so far.
     """
-    real = round_.draft_tree
+    real = round_.draft
 
     def patch(texts: list[list[int]], counts: list[int], decoys: bool) -> dict[tuple[int, int], list[int]]:
-        drafted: dict[tuple[int, int], list[int]] = {}
+        seen: dict[tuple[int, int], list[int]] = {}
         turns = [cycle(counts[row % len(counts) :] + counts[: row % len(counts)]) for row in range(len(texts))]
 
         def planted(draft, target, state, *rest):
-            tree = real(draft, target, state, *rest)  # keeps the draft cache as it would be
+            drafted = real(draft, target, state, *rest)  # keeps the draft cache as it would be
             right = []
             for row, length in enumerate(state.lengths.tolist()):
-                drafted.setdefault((row, length + 1), tree.token_ids[row].tolist())
+                seen.setdefault((row, length + 1), drafted.tree.token_ids[row].tolist())
                 done = length + 1 - len(PROMPTS[row])
                 wanted = (texts[row] + [0] * BLOCK)[done : done + BLOCK - 1]
                 count = next(turns[row])
                 right.append([*wanted[:count], *((token + 2) % VOCAB for token in wanted[count:])])
-            return planted_tree(right, decoys)
+            return replace(drafted, tree=planted_tree(right, decoys))
 
-        monkeypatch.setattr(round_, "draft_tree", planted)
-        return drafted
+        monkeypatch.setattr(round_, "draft", planted)
+        return seen
 
     return patch
 
@@ -293,7 +294,7 @@ def test_the_drafter_of_another_target(changes: dict[str, int], message: str) ->
         drafter().spec_generate(torch.tensor([[1, 2]]), target(**changes), 4)
 
 
-@pytest.mark.parametrize("budget", [0, -1, 2.5, "auto"])
+@pytest.mark.parametrize("budget", [0, -1, 2.5, "all"])
 def test_tree_budgets_that_are_none(budget: Any) -> None:
     with pytest.raises(ValueError, match=f"tree_budget must be .*found {budget!r}"):
         generate(target(), 4, tree_budget=budget)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -42,16 +43,33 @@ def model() -> Qwen3ForCausalLM:
 
 @pytest.fixture(scope="module")
 def exact(model: Qwen3ForCausalLM) -> dict[tuple[int, ...], float]:
+    return exact_probabilities(model, {})
+
+
+def exact_probabilities(model: Qwen3ForCausalLM, tempering: dict[str, Any]) -> dict[tuple[int, ...], float]:
     """P(continuation) of every sequence of LENGTH tokens, by the chain rule."""
     continuations = list(itertools.product(range(VOCAB), repeat=LENGTH))
     with torch.no_grad():
         ids = torch.tensor([PROMPT + list(c) for c in continuations])
-        log_probs = model(ids).logits[:, len(PROMPT) - 1 : -1].log_softmax(dim=-1)
+        logits = model(ids).logits[:, len(PROMPT) - 1 : -1]
+    probs = torch.stack([allowed(row, tempering) for row in logits.flatten(0, 1)]).view_as(logits)
     chosen = torch.tensor(continuations)[..., None]
-    return dict(zip(continuations, log_probs.gather(-1, chosen).sum(dim=(1, 2)).exp().tolist(), strict=True))
+    return dict(zip(continuations, probs.gather(-1, chosen).prod(dim=1)[:, 0].tolist(), strict=True))
 
 
-def sample(model: Qwen3ForCausalLM, tree_budget: int | None) -> tuple[list[tuple[int, ...]], float]:
+def allowed(logits: torch.Tensor, tempering: dict[str, Any]) -> torch.Tensor:
+    """A row's distribution, [V]: tempered, and of it the likeliest tokens alone."""
+    probs = (logits / tempering.get("temperature", 1.0)).softmax(dim=-1)
+    order = probs.argsort(descending=True)
+    keep = len(order)
+    if "top_k" in tempering:
+        keep = tempering["top_k"]
+    if "top_p" in tempering:
+        keep = 1 + int((probs[order].cumsum(dim=0) < tempering["top_p"]).sum())
+    return torch.zeros_like(probs).index_copy(0, order[:keep], probs[order[:keep]] / probs[order[:keep]].sum())
+
+
+def sample(model: Qwen3ForCausalLM, options: dict[str, Any]) -> tuple[list[tuple[int, ...]], float]:
     """Continuations of the prompt, and the acceptance length."""
     draft = drafter(vocab_size=VOCAB, block_size=4, dflash_config={"mask_token_id": VOCAB - 1})
     generator = torch.Generator().manual_seed(0)
@@ -59,8 +77,8 @@ def sample(model: Qwen3ForCausalLM, tree_budget: int | None) -> tuple[list[tuple
     lengths: list[int] = []
     for _ in range(SAMPLES // BATCH):
         output = draft.spec_generate(
-            torch.tensor([PROMPT] * BATCH), model, LENGTH, temperature=1.0, generator=generator,
-            tree_budget=tree_budget, return_stats=True,
+            torch.tensor([PROMPT] * BATCH), model, LENGTH, generator=generator, return_stats=True,
+            **({"temperature": 1.0} | options),
         )  # fmt: skip
         assert isinstance(output, SpecGenerateOutput)
         found += map(tuple, output.sequences[:, len(PROMPT) :].tolist())
@@ -77,15 +95,31 @@ def p_value(found: list[tuple[int, ...]], exact: dict[tuple[int, ...], float]) -
     return chisquare([*observed, total - sum(observed)], [*expected, total - sum(expected)]).pvalue
 
 
-@pytest.mark.parametrize("tree_budget", [None, 6], ids=["chain", "tree"])
-def test_the_distribution_is_the_targets(model, exact, tree_budget: int | None) -> None:
-    found, acceptance_length = sample(model, tree_budget)
+METHODS = {
+    "chain": {},
+    "greedy chain": {"draft_sample_method": "greedy"},
+    "tree": {"tree_budget": 6},
+    "auto": {"tree_budget": "auto"},
+}
+
+
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
+def test_the_distribution_is_the_targets(model, exact, options: dict[str, Any]) -> None:
+    found, acceptance_length = sample(model, options)
     assert acceptance_length > 1.05, "too few accepted drafts for the test to mean anything"
     assert p_value(found, exact) > ALPHA
 
 
-@pytest.mark.parametrize("tree_budget", [None, 6], ids=["chain", "tree"])
-def test_a_planted_bias_is_noticed(model, exact, tree_budget, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tempering", [{"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.6}], ids=str)
+def test_tempered_distributions_too(model, tempering: dict[str, Any]) -> None:
+    warped = exact_probabilities(model, tempering)
+    found, _ = sample(model, tempering)
+    assert all(warped[c] > 0.0 for c in found)
+    assert p_value(found, warped) > ALPHA
+
+
+@pytest.mark.parametrize("method", ["greedy chain", "tree"])
+def test_a_planted_bias_is_noticed(model, exact, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk that takes the drafter's word for the target's in one of ten rounds."""
     real = round_.walk
 
@@ -96,4 +130,19 @@ def test_a_planted_bias_is_noticed(model, exact, tree_budget, monkeypatch: pytes
 
     generator = torch.Generator().manual_seed(1)
     monkeypatch.setattr(round_, "walk", credulous)
-    assert p_value(sample(model, tree_budget)[0], exact) < ALPHA
+    assert p_value(sample(model, METHODS[method])[0], exact) < ALPHA
+
+
+def test_a_bias_in_rejection_is_noticed(model, exact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts believed to be a fifth less likely than they are, so that too many are kept."""
+    real = round_.reject
+
+    def credulous(token_ids, draft_probs, logits, sampling):
+        return real(token_ids, 0.8 * draft_probs, logits, sampling)
+
+    monkeypatch.setattr(round_, "reject", credulous)
+    assert p_value(sample(model, {})[0], exact) < ALPHA
+
+
+def test_samples_are_kept_more_often_than_likeliest_tokens(model) -> None:
+    assert sample(model, METHODS["chain"])[1] > sample(model, METHODS["greedy chain"])[1] + 0.05

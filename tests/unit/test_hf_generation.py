@@ -46,23 +46,24 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], list[int]], d
 
     Returns a record of what the drafter really drafted, by the number of tokens so far.
     """
-    real = round_.draft_tree
+    real = round_.draft
 
     def patch(text: list[int], counts: list[int]) -> dict[int, list[int]]:
-        drafted: dict[int, list[int]] = {}
+        seen: dict[int, list[int]] = {}
         rounds = cycle(counts)
 
         def planted(draft, target, state, *rest):
-            tree = real(draft, target, state, *rest)  # keeps the draft cache as it would be
+            drafted = real(draft, target, state, *rest)  # keeps the draft cache as it would be
+            tree = drafted.tree
             num_tokens = int(state.lengths[0]) + 1
-            drafted[num_tokens] = [int(state.anchors[0]), *tree.token_ids[0].tolist()]
+            seen[num_tokens] = [int(state.anchors[0]), *tree.token_ids[0].tolist()]
             done, right = num_tokens - len(PROMPT), next(rounds)
             for row, wanted in enumerate(text[done : done + BLOCK - 1]):
                 tree.token_ids[0, row] = wanted if row < right else (wanted + 1) % 96
-            return tree
+            return drafted
 
-        monkeypatch.setattr(round_, "draft_tree", planted)
-        return drafted
+        monkeypatch.setattr(round_, "draft", planted)
+        return seen
 
     return patch
 

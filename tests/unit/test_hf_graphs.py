@@ -7,6 +7,7 @@ A graph is stood in for by the function that it would have recorded: it too read
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from tests.helpers import drafter, one_thread, target
-from vllm_dflash.hf import DFlashDraftModel, SpecGenerateOutput, generation, graphs
+from vllm_dflash.hf import DFlashDraftModel, SpecGenerateOutput, graphs, options
 from vllm_dflash.hf.graphs import padded_slots
 
 PROMPTS = [[5, 9, 2, 40, 7], [0, 0, 81, 3, 17]]
@@ -32,6 +33,19 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+class HostMark:
+    """What an event is on a device."""
+
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: HostMark) -> float:
+        return 1000.0 * (end.at - self.at)
+
+
 @pytest.fixture(params=["cpu", GPU])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a CPU is, a stand-in for capture that keeps to its contract: what runs at first must not count."""
@@ -42,7 +56,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
             return run
 
         monkeypatch.setattr(graphs, "capture", recorded)
-        monkeypatch.setattr(generation, "check_device", lambda *_: None)
+        monkeypatch.setattr(graphs, "mark", HostMark)
+        monkeypatch.setattr(options, "check_device", lambda *_: None)
     return request.param
 
 
@@ -68,11 +83,15 @@ def generate(
 
 
 @pytest.mark.parametrize("rows", [slice(1), slice(2)], ids=["one", "ragged batch"])
-@pytest.mark.parametrize("tree_budget", [None, 9], ids=["chain", "tree"])
-def test_the_text_is_the_targets(model: Qwen3ForCausalLM, rows: slice, tree_budget: int | None) -> None:
+@pytest.mark.parametrize("tree_budget", [None, 9, "auto"], ids=["chain", "tree", "auto"])
+def test_the_text_is_the_targets(model: Qwen3ForCausalLM, rows: slice, tree_budget: int | str | None) -> None:
     draft = drafter(block_size=5)
     compiled = generate(draft, model, rows, 60, tree_budget=tree_budget)
     assert compiled.sequences.tolist() == greedy(model, rows, 60)
+    if tree_budget == "auto":
+        assert len(compiled.budgets) >= max(map(len, compiled.acceptance_lengths_by_row))
+        assert set(compiled.budgets) >= {3, 7, 15, 31, 63, 127}
+        return
     eager = generate(draft, model, rows, 60, tree_budget=tree_budget, compile=False)
     assert compiled.acceptance_lengths_by_row == eager.acceptance_lengths_by_row
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from tests.helpers import drafter, one_thread, target
-from vllm_dflash.hf import SpecGenerateOutput, generation
+from vllm_dflash.hf import SpecGenerateOutput
 
 PROMPTS = torch.tensor([[5, 9, 2, 40, 7], [0, 0, 81, 3, 17]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -69,14 +70,14 @@ def test_drafts_are_accepted(tree_budget: int | None, monkeypatch: pytest.Monkey
     from tests.unit.test_hf_batches import planted_tree
     from vllm_dflash.hf import round as round_
 
-    real = round_.draft_tree
+    real = round_.draft
 
     def planted(draft, target, state, *rest):
-        real(draft, target, state, *rest)
+        drafted = real(draft, target, state, *rest)
         right = [[(int(anchor) + 1 + i) % VOCAB for i in range(4)] for anchor in state.anchors]
-        return planted_tree(right, decoys=tree_budget is not None)
+        return replace(drafted, tree=planted_tree(right, decoys=tree_budget is not None))
 
-    monkeypatch.setattr(round_, "draft_tree", planted)
+    monkeypatch.setattr(round_, "draft", planted)
     output = drafter(block_size=5).spec_generate(
         PROMPTS, target(), 22, attention_mask=MASK, logits_processor=LogitsProcessorList([AfterItself()]),
         tree_budget=tree_budget, return_stats=True,
@@ -103,9 +104,8 @@ def test_a_row_that_ended_is_left_alone() -> None:
     assert torch.equal(got, expected)
 
 
-def test_not_inside_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "check_device", lambda *_: None)
-    with pytest.raises(ValueError, match=r"logits_processor = \['AfterItself'\] needs each text"):
+def test_not_inside_of_a_graph() -> None:
+    with pytest.raises(ValueError, match=r"logits_processor = \['AfterItself'\] needs texts"):
         drafter().spec_generate(
             PROMPTS, target(), 4, compile=True, logits_processor=LogitsProcessorList([AfterItself()])
         )

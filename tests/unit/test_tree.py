@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 import torch
 
-from vllm_dflash.tree import DraftTree, ancestor_mask, build_tree, chain, walk
+from vllm_dflash.tree import DraftTree, ancestor_mask, build_tree, chain, chain_mask, walk
 
 Prefix = tuple[int, ...]  # ranks of the chosen tokens
 
@@ -188,3 +188,17 @@ def test_any_ancestors(log_probs: list[list[list[float]]], num_nodes: int) -> No
         paths = [(), *prefixes(tree, request)]
         for row, path in enumerate(paths):
             assert mask[request, row].tolist() == [other == path[: len(other)] for other in paths]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 4])
+def test_the_mask_of_a_chain(num_nodes: int) -> None:
+    tree = chain(torch.zeros(1, num_nodes, dtype=torch.long))
+    assert torch.equal(chain_mask(num_nodes, torch.device("cpu")), ancestor_mask(tree, num_nodes))
+
+
+def test_the_first_nodes_are_the_smaller_tree() -> None:
+    log_probs = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)).log_softmax(dim=-1)
+    log_probs, token_ids = log_probs.sort(dim=-1, descending=True)
+    large, small = build_tree(log_probs, token_ids, 20), build_tree(log_probs, token_ids, 7)
+    for name, column in vars(large.first(7)).items():
+        assert torch.equal(column, getattr(small, name)), name

@@ -25,20 +25,42 @@ class Sampling:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature <= 0.0
+
     def choose(
         self,
         logits: torch.Tensor,  # [..., V]
     ) -> torch.Tensor:
         """A token for every row, [...] int64."""
-        if self.temperature <= 0.0:
-            return logits.argmax(dim=-1)
-        rows = logits.float().flatten(0, -2) / self.temperature
-        rows = self._warpers()(torch.empty(0), rows)  # warpers look at no input_ids
-        probs = rows.softmax(dim=-1)
-        # Of exponential variables of rates p, the smallest is that of i with probability p_i. `torch.multinomial` does
-        # the same, but waits for the device to check its arguments.
-        noise = torch.empty_like(probs).exponential_(generator=self.generator)
-        return (probs / noise).argmax(dim=-1).view(logits.shape[:-1])
+        return logits.argmax(dim=-1) if self.is_greedy else self.sample(self.probs(logits))
+
+    def probs(
+        self,
+        logits: torch.Tensor,  # [..., V]
+    ) -> torch.Tensor:
+        """The distribution that is sampled from, [..., V] fp32. Not for greedy ones."""
+        return self.warped(logits.float() / self.temperature).softmax(dim=-1)
+
+    def warped(
+        self,
+        logits: torch.Tensor,  # [..., V] fp32, tempered
+    ) -> torch.Tensor:
+        """With -inf for what top_k and top_p leave out, [..., V]."""
+        rows = self._warpers()(torch.empty(0), logits.flatten(0, -2))  # warpers look at no input_ids
+        return rows.view(logits.shape)
+
+    def sample(
+        self,
+        probs: torch.Tensor,  # [..., V] fp32; need not sum to one
+    ) -> torch.Tensor:
+        """A token for every row, [...] int64.
+
+        Of exponential variables of rates p, the smallest is that of i with probability p_i. `torch.multinomial` does
+        the same, but waits for the device to check its arguments.
+        """
+        return (probs / torch.empty_like(probs).exponential_(generator=self.generator)).argmax(dim=-1)
 
     def _warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from vllm_dflash.hf.round import Round, RoundState, Window
+from vllm_dflash.hf.round import Round
 from vllm_dflash.hf.sequences import Sequences
+from vllm_dflash.hf.state import RoundReport, RoundState, Window
 
 if TYPE_CHECKING:
-    from vllm_dflash.hf.choosing import Sampling
+    from vllm_dflash.hf.budget import RoundCosts
+    from vllm_dflash.hf.drafting import DraftRule
 
 SMALLEST_WINDOW = 256
 
-Run = Callable[[], torch.Tensor]  # a round on fixed memory; returns its report
+Run = Callable[[], RoundReport]  # a round on fixed memory
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class WorkspaceKey:
 
     target: nn.Module
     num_sequences: int
-    sampling: Sampling
-    tree_budget: int | None
+    rule: DraftRule
 
 
 class Workspace:
@@ -47,43 +48,57 @@ class Workspace:
         self.state: RoundState | None = None
         self.is_active = [True] * key.num_sequences
         self.active = torch.tensor(self.is_active, device=key.target.device)
-        self.replays: dict[int, Run] = {}  # by number of slots
+        self.replays: dict[tuple[int, int | None], Run] = {}  # by number of slots, and budget
 
     def fits(self, key: WorkspaceKey, capacity: int) -> bool:
         """Can a call of this kind use it?"""
         return self.key == key and self.round.target_cache.plan.capacity >= capacity
 
-    def rounds(self, state: RoundState, sequences: Sequences) -> Iterator[list[list[int]]]:
-        """Reports of one round after the other, each of which the caller adds to `sequences` before it asks on."""
+    def rounds(
+        self, state: RoundState, sequences: Sequences, costs: RoundCosts | None, budgets: list[int]
+    ) -> Iterator[list[list[int]]]:
+        """Reports of one round after the other, each of which the caller adds to `sequences` before it asks on.
+
+        With `costs`, a round's budget is chosen by what the latest read one expected, and noted in `budgets`.
+        """
         self._load(state)
         unread: HostCopy | None = None
+        expected = [0.0] * len(costs.budgets) if costs is not None else []
         while True:
+            budget = costs.choose(expected) if costs is not None else None
             not_yet_told = self.round.num_depths + 1 if unread else 0
-            report = self._launch(sequences.longest + not_yet_told + self.round.widest, sequences.is_active)
-            launched = HostCopy(report)
+            launched = self._launch(sequences.longest + not_yet_told + self.round.widest, sequences.is_active, budget)
             if unread is not None:
-                yield unread.rows()
+                rows = unread.rows()
+                if costs is not None:
+                    costs.record(budgets[-1], unread.seconds())
+                    expected = unread.expected()
+                yield rows
+            if budget is not None:
+                budgets.append(budget)
             unread = launched
 
-    def _launch(self, num_slots: int, is_active: list[bool]) -> torch.Tensor:
+    def _launch(self, num_slots: int, is_active: list[bool], budget: int | None) -> HostCopy:
         if is_active != self.is_active:
             self.is_active = list(is_active)
             self.active.copy_(torch.tensor(is_active), non_blocking=True)
-        size = padded_slots(num_slots)
-        if size not in self.replays:
-            window = Window(size, size, is_exact=False)
-            self.replays[size] = capture(
-                lambda: self._stepped(window), lambda: self._advance(window), self.key.sampling.generator
+        key = (padded_slots(num_slots), budget)
+        if key not in self.replays:
+            window = Window(0, size=key[0])
+            self.replays[key] = capture(
+                lambda: self._stepped(window, budget),
+                lambda: self._advance(window, budget),
+                self.key.rule.sampling.generator,
             )
-        return self.replays[size]()
+        return HostCopy(self.replays[key])
 
-    def _stepped(self, window: Window) -> tuple[RoundState, torch.Tensor]:
+    def _stepped(self, window: Window, budget: int | None) -> tuple[RoundState, RoundReport]:
         assert self.state is not None
-        return self.round(self.state, self.active, window)
+        return self.round(self.state, self.active, window, budget)
 
-    def _advance(self, window: Window) -> torch.Tensor:
+    def _advance(self, window: Window, budget: int | None) -> RoundReport:
         """One round; what it leads to becomes the state."""
-        state, report = self._stepped(window)
+        state, report = self._stepped(window, budget)
         self._load(state)
         return report
 
@@ -96,22 +111,35 @@ class Workspace:
 
 
 class HostCopy:
-    """A report on its way to the host."""
+    """A round on the device, and its report on the way to the host."""
 
-    def __init__(
-        self,
-        report: torch.Tensor,  # [B, D+2]
-    ) -> None:
-        self.copy = report.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if report.is_cuda else None
-        if self.arrived is not None:
-            self.arrived.record()
+    def __init__(self, run: Run) -> None:
+        self.begun = mark()
+        report = run()
+        self.tokens = report.tokens.to("cpu", non_blocking=True)  # [B, D+2]
+        self._expected = None if report.expected is None else report.expected.to("cpu", non_blocking=True)
+        self.ended = mark()
 
     def rows(self) -> list[list[int]]:
-        """Wait for it."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.copy.tolist()
+        """Wait for it: what each sequence got."""
+        self.ended.synchronize()
+        return self.tokens.tolist()
+
+    def expected(self) -> list[float]:
+        """`RoundReport.expected`, after `rows`."""
+        assert self._expected is not None
+        return self._expected.tolist()
+
+    def seconds(self) -> float:
+        """What it took the device, after `rows`."""
+        return self.begun.elapsed_time(self.ended) / 1000.0
+
+
+def mark() -> torch.cuda.Event:
+    """This place in the device's work."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def padded_slots(num_slots: int) -> int:
@@ -145,7 +173,7 @@ def capture(warm_up: Callable[[], object], run: Run, generator: torch.Generator 
         raise RuntimeError(f"compile=True: this pair's round cannot be a CUDA graph ({error}); leave it out") from error
     random.set_state(random_state)
 
-    def replay() -> torch.Tensor:
+    def replay() -> RoundReport:
         graph.replay()
         return report
 

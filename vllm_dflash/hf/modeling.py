@@ -23,9 +23,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from vllm_dflash.checkpoint import check_tensors, read_mask_embedding, read_tensor_shapes, resolve_model_dir
 from vllm_dflash.config import DFlashConfig, LayerAttention
 from vllm_dflash.hf.attention import grouped_attention
+from vllm_dflash.hf.budget import RoundCosts
+from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
 from vllm_dflash.hf.graphs import Workspace
+from vllm_dflash.hf.options import Options
+from vllm_dflash.hf.sequences import Limits
 from vllm_dflash.hf.slot_cache import SlotCache
 
 
@@ -164,10 +168,12 @@ class DFlashDraftModel(PreTrainedModel):
     base_model_prefix = ""
     mask_embedding: torch.Tensor | None
     workspace: Workspace | None = None  # what `spec_generate(compile=True)` keeps for the next call
+    round_costs: dict[tuple[int, int, bool], RoundCosts]  # of "auto", by target, sequences, and whether compiled
     _supports_sdpa = True
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
+        self.round_costs = {}
         self.dflash = dflash = DFlashConfig.from_dict(_raw_config(config), source=config.name_or_path or "<config>")
         if not dflash.is_neox_style:
             raise ValueError(f"{dflash.source}: is_neox_style = false is not supported by the Transformers backend")
@@ -293,15 +299,29 @@ class DFlashDraftModel(PreTrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
-        tree_budget: int | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        tree_budget: int | str | None = None,
+        draft_sample_method: str | None = None,
+        calibration: Calibration | None = None,
         streamer: Any = None,
         compile: bool = False,
-        logits_processor: LogitsProcessorList | None = None,
     ) -> torch.Tensor | SpecGenerateOutput:
-        """Generate with `target`, drafting with this model. See :func:`vllm_dflash.hf.generation.spec_generate`.
+        """Generate with `target`, drafting with this model: up to `max_new_tokens` tokens a sequence.
 
-        Returns token ids [B, P+n], or with `return_stats` a `SpecGenerateOutput`. `mask_token_id` need not be given;
-        one that is not the drafter's raises ValueError.
+        At temperature 0 a text is greedy decoding of the target; above, every token is a sample of its distribution.
+
+        stop_token_ids: a text ends at the first of these, which is kept.
+        mask_token_id: need not be given; one that is not the drafter's raises ValueError.
+        top_k, top_p, generator, logits_processor, streamer: as in `generate`. Processors see one sequence at a time.
+        tree_budget: None verifies a chain of K tokens; N the N likeliest continuations; "auto" as many as pay.
+        draft_sample_method: of a chain's tokens above temperature 0. "probabilistic" (the default) accepts more than
+            "greedy", which keeps a likeliest token exactly when the target's own sample is the same.
+        calibration: that of an earlier call's output, to go on with what it learned. Without it every call learns
+            afresh, and a seed decides a text.
+        compile: make a round one CUDA graph. Graphs and caches stay with this model for the next call like this one.
+
+        Returns token ids [B, P+n], or with `return_stats` a `SpecGenerateOutput`. Raises ValueError for a prompt, an
+        option or a pair that cannot be, naming it and what was seen.
         """
         if mask_token_id is not None and mask_token_id != self.mask_token_id:
             raise ValueError(
@@ -311,20 +331,17 @@ class DFlashDraftModel(PreTrainedModel):
         if isinstance(input_ids, Mapping):  # Transformers' chat templates give ids and mask together since version 5
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
             input_ids = input_ids["input_ids"]
-        sampling = Sampling(temperature, top_k, top_p, generator)
-        output = spec_generate(
-            self,
-            target,
-            input_ids,
-            max_new_tokens,
-            sampling,
-            stop_token_ids,
-            attention_mask,
-            tree_budget,
-            streamer,
-            compile,
-            logits_processor,
+        options = Options(
+            limits=Limits(max_new_tokens, frozenset(stop_token_ids or ())),
+            sampling=Sampling(temperature, top_k, top_p, generator),
+            tree_budget=tree_budget,
+            draft_sample_method=draft_sample_method,
+            calibration=calibration,
+            logits_processor=logits_processor,
+            streamer=streamer,
+            compile=compile,
         )
+        output = spec_generate(self, target, input_ids, attention_mask, options)
         return output if return_stats else output.sequences
 
 

@@ -22,6 +22,11 @@ class Limits:
     max_new_tokens: int
     stop_token_ids: frozenset[int]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the limit."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+
     def cut(self, tokens: list[int], num_before: int) -> tuple[list[int], bool]:
         """What is kept of tokens that follow `num_before` generated ones, and whether the sequence has ended."""
         kept = tokens[: self.max_new_tokens - num_before]

@@ -33,6 +33,7 @@ class TargetMasks:
         window = getattr(config, "sliding_window", None)
         if kinds is None and not getattr(config, "use_sliding_window", True):
             window = None
+        self.is_flash = "flash" in str(target.config._attn_implementation)
         self.window = window
         self.by_kind = kinds is not None and _SLIDING in kinds
         self.all_sliding = kinds is None and window is not None
@@ -44,7 +45,12 @@ class TargetMasks:
         lengths: torch.Tensor | None,  # [B]; the rows are in the slots right behind so many; None: at their positions
         dtype: torch.dtype,
     ) -> Any:
-        """Additive masks [B, 1, Q, S], by kind of layer where there are several."""
+        """Additive masks [B, 1, Q, S], by kind of layer where there are several.
+
+        None for FlashAttention: it takes no mask, and a single chain's rows are what it calls causal.
+        """
+        if self.is_flash:
+            return None
         if not (self.by_kind or self.all_sliding):
             return additive(visible, dtype)
         num_slots = visible.shape[2]
@@ -55,6 +61,20 @@ class TargetMasks:
         behind = positions[:, :, None] - slot_positions[:, None]
         sliding = additive(visible & (behind < self.window), dtype)
         return {_FULL: additive(visible, dtype), _SLIDING: sliding} if self.by_kind else sliding
+
+
+def check_attention(target: nn.Module, num_sequences: int, is_tree: bool, compile: bool) -> None:
+    """Raises ValueError for what FlashAttention cannot do: it sees causally, up to the last slot that it is given."""
+    name = str(target.config._attn_implementation)
+    if "flash" not in name:
+        return
+    for what, asked in (("a draft tree", is_tree), (f"{num_sequences} sequences", num_sequences > 1),
+                        ("compile=True", compile)):  # fmt: skip
+        if asked:
+            raise ValueError(
+                f"attn_implementation = {name!r} takes no mask, which {what} needs: "
+                "load the target with attn_implementation='sdpa'"
+            )
 
 
 def additive(

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped attention against softmax written out, with K/V heads repeated."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import torch
+
+from tests.helpers import target
+from vllm_dflash.hf.attention import grouped_attention, grouped_heads
+
+BATCH, HEADS, KV_HEADS, ROWS, SLOTS, DIM = 2, 6, 2, 3, 7, 8
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((BATCH, HEADS, ROWS, DIM), (BATCH, KV_HEADS, SLOTS, DIM), (BATCH, KV_HEADS, SLOTS, DIM))
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    return query, key, value
+
+
+def written_out(query, key, value, visible, scale) -> torch.Tensor:
+    key, value = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3)) * scale
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ value
+
+
+@pytest.mark.parametrize("scale", [None, 0.3], ids=["default scale", "own scale"])
+@pytest.mark.parametrize("rows", [ROWS, 1], ids=["a mask for each row", "one for all rows"])
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_against_softmax(additive: bool, rows: int, scale: float | None) -> None:
+    query, key, value = tensors()
+    visible = torch.rand(BATCH, 1, rows, SLOTS, generator=torch.Generator().manual_seed(1)) < 0.6
+    visible[..., 0] = True
+    mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf")) if additive else visible
+    got = grouped_attention(query, key, value, mask, scale)
+    expected = written_out(query, key, value, visible, scale or DIM**-0.5)
+    torch.testing.assert_close(got, expected)
+
+
+def test_without_a_mask_all_see_all() -> None:
+    query, key, value = tensors()
+    visible = torch.ones(BATCH, 1, ROWS, SLOTS, dtype=torch.bool)
+    expected = written_out(query, key, value, visible, DIM**-0.5)
+    torch.testing.assert_close(grouped_attention(query, key, value, None), expected)
+
+
+def test_a_target_has_its_own_attention_afterwards() -> None:
+    model = target()
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(KeyError), grouped_heads(model):
+        assert model.config._attn_implementation == "grouped_heads"
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_eager_targets_keep_theirs() -> None:
+    model = target()
+    model.set_attn_implementation("eager")
+    with grouped_heads(model):
+        assert model.config._attn_implementation == "eager"
