@@ -86,7 +86,6 @@ def make_methods(args: argparse.Namespace) -> dict[str, Callable[[torch.Tensor],
 
     def speculate(budget: int | str | None, **options: Any) -> Callable[[torch.Tensor], Answer]:
         mine = copy.copy(draft)  # the same weights; each keeps graphs and times of its own
-        mine.round_costs = {}
         options = {"compile": args.compile, "temperature": args.temperature} | options
 
         def generate(ids: torch.Tensor) -> Answer:

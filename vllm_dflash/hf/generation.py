@@ -95,7 +95,7 @@ def _prepared(model: DFlashDraftModel, target: nn.Module, prompts: Prompts, opti
     rule, num_sequences = options.rule, len(prompts.lengths)
     costs = None
     if options.tree_budget == AUTO:
-        costs = model.round_costs.setdefault((id(target), num_sequences, options.compile), RoundCosts())
+        costs = model.costs_with(target, num_sequences, options.compile)
     widest = max(model.block_size, 1 + (rule.num_nodes or 0))
     capacity = max(prompts.lengths) + options.limits.max_new_tokens + 2 * model.block_size + widest + 1
     if not options.compile:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -168,12 +169,11 @@ class DFlashDraftModel(PreTrainedModel):
     base_model_prefix = ""
     mask_embedding: torch.Tensor | None
     workspace: Workspace | None = None  # what `spec_generate(compile=True)` keeps for the next call
-    round_costs: dict[tuple[int, int, bool], RoundCosts]  # of "auto", by target, sequences, and whether compiled
+    round_costs: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], RoundCosts]] | None = None  # of "auto"
     _supports_sdpa = True
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
-        self.round_costs = {}
         self.dflash = dflash = DFlashConfig.from_dict(_raw_config(config), source=config.name_or_path or "<config>")
         if not dflash.is_neox_style:
             raise ValueError(f"{dflash.source}: is_neox_style = false is not supported by the Transformers backend")
@@ -281,8 +281,15 @@ class DFlashDraftModel(PreTrainedModel):
         return full
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: CUDA graphs belong to this object alone."""
-        return {name: value for name, value in super().__getstate__().items() if name != "workspace"}
+        """For copies and pickles: CUDA graphs and measured times belong to this object alone."""
+        kept = {"workspace", "round_costs"}
+        return {name: value for name, value in super().__getstate__().items() if name not in kept}
+
+    def costs_with(self, target: nn.Module, num_sequences: int, compile: bool) -> RoundCosts:
+        """What rounds with this target have taken so far."""
+        if self.round_costs is None:
+            self.round_costs = WeakKeyDictionary()
+        return self.round_costs.setdefault(target, {}).setdefault((num_sequences, compile), RoundCosts())
 
     @torch.inference_mode()
     def spec_generate(
