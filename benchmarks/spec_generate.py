@@ -7,8 +7,9 @@
 
 Plain decoding by `generate`, the chain (budget 0), each tree and "auto" take turns prompt by prompt, so that a machine
 that drifts slows all of them alike. Greedy texts are compared token by token. At a temperature the chain's tokens are
-samples of the drafter's distributions, or its likeliest ones ("greedy chain"). "uncalibrated" trees take the drafter's
-probabilities as they are. The last line is JSON.
+samples of the drafter's distributions, or its likeliest ones ("greedy chain"). --other-calibration adds trees that do
+not calibrate the drafter's probabilities where calls do, which is at a temperature; and where they do not, trees that
+learn from prompt to prompt. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pair", type=Path, default=SHIPPED_PAIR, help="folder with target/, drafter/, heldout.jsonl")
     parser.add_argument("--budgets", type=lambda text: [int(n) for n in text.split(",")], default=[7, 15, 31, 63, 127])
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--uncalibrated", type=lambda text: [int(n) for n in text.split(",")], default=[15, 31])
+    parser.add_argument("--other-calibration", type=lambda text: [int(n) for n in text.split(",")], default=[15, 31])
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -84,12 +85,17 @@ def make_methods(args: argparse.Namespace) -> dict[str, Callable[[torch.Tensor],
         text = target.generate(ids, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0, **sampling)
         return text, []
 
-    def speculate(budget: int | str | None, **options: Any) -> Callable[[torch.Tensor], Answer]:
+    def speculate(budget: int | str | None, other: bool = False, **options: Any) -> Callable[[torch.Tensor], Answer]:
         mine = copy.copy(draft)  # the same weights; each keeps graphs and times of its own
         options = {"compile": args.compile, "temperature": args.temperature} | options
 
+        if other:
+            options["calibration"] = other_calibration(args, draft.block_size - 1)
+
         def generate(ids: torch.Tensor) -> Answer:
             output = mine.spec_generate(ids, target, tokens, return_stats=True, tree_budget=budget, **options)
+            if other:
+                options["calibration"] = output.calibration
             return output.sequences, output.acceptance_lengths
 
         return generate
@@ -98,12 +104,16 @@ def make_methods(args: argparse.Namespace) -> dict[str, Callable[[torch.Tensor],
     if args.temperature:
         eager["greedy chain"] = speculate(None, draft_sample_method="greedy")
     trees = {f"tree of {budget}": speculate(budget) for budget in args.budgets}
-    depths = draft.block_size - 1
-    raw = Calibration(torch.ones(depths, device=args.device), torch.full((depths,), math.inf, device=args.device))
-    for budget in args.uncalibrated:
-        trees[f"tree of {budget}, uncalibrated"] = speculate(budget, calibration=raw)
+    for budget in args.other_calibration:
+        trees[f"tree of {budget}, {'un' if args.temperature else ''}calibrated"] = speculate(budget, other=True)
     trees["auto"] = speculate("auto")
     return {PLAIN: plain, CHAIN: speculate(None)} | eager | trees
+
+
+def other_calibration(args: argparse.Namespace, num_depths: int) -> Calibration:
+    """At a temperature one that never learns, at none one that has all to learn."""
+    known = math.inf if args.temperature else 0.0
+    return Calibration(*(torch.full((num_depths,), value, device=args.device) for value in (1.0, known)))
 
 
 def measure(

@@ -101,6 +101,16 @@ def test_a_call_goes_on_where_another_ended() -> None:
     assert second.calibration.information.sum() > 1.5 * first.calibration.information.sum()
 
 
+def test_a_greedy_call_learns_only_if_it_is_given_something_to_go_on_with() -> None:
+    model, draft = target(), drafter(block_size=5)
+    ids = torch.tensor([[5, 9, 2, 40, 7]])
+    fresh = Calibration.fresh(4, NO_DEVICE)
+    for calibration, learns in ((None, False), (fresh, True)):
+        output = draft.spec_generate(ids, model, 60, tree_budget=60, return_stats=True, calibration=calibration)
+        assert isinstance(output, SpecGenerateOutput)
+        assert bool((output.calibration.information > 0.0).any()) == learns
+
+
 def test_rejection_is_its_definition() -> None:
     """The same uniform numbers, a loop over tokens: min(1, p/q), and the first that fails is replaced."""
     generator = torch.Generator().manual_seed(2)

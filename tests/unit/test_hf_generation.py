@@ -215,6 +215,23 @@ def test_samplings_that_leave_nothing(options: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_sample_method": "best"}, "must be one of greedy, probabilistic, found 'best'"),
+        ({"draft_sample_method": "probabilistic"}, "needs a temperature above 0, found temperature = 0.0"),
+        (
+            {"draft_sample_method": "probabilistic", "temperature": 1.0, "tree_budget": 7},
+            "is for plain chains, found tree_budget = 7 too",
+        ),
+    ],
+    ids=["unknown", "greedy target", "tree"],
+)
+def test_draft_sample_methods_that_cannot_be(model: Qwen3ForCausalLM, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"draft_sample_method.*{message}"):
+        generate(model, 4, **options)
+
+
+@pytest.mark.parametrize(
     "input_ids",
     [torch.empty(1, 0, dtype=torch.long), torch.empty(0, 3, dtype=torch.long), torch.tensor([1, 2])],
     ids=["empty", "none", "no batch axis"],

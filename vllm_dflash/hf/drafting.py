@@ -32,6 +32,7 @@ class DraftRule:
     num_nodes: int | None  # of a tree; None: a chain of the whole block
     sampling: Sampling  # the target's
     is_probabilistic: bool  # a chain's tokens are samples of the drafter's distributions
+    calibrates: bool  # what the target says is learned from
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Drafted:
     """Candidates, and what they were chosen from."""
 
     tree: DraftTree
-    choices: Choices | None  # None: likeliest tokens, for which probabilities do not matter
+    choices: Choices | None  # None: nothing is to be learned from them
     probs: torch.Tensor | None  # [B, K, V]; of which a chain's tokens are samples
 
 
@@ -99,6 +100,7 @@ def chosen(
     calibrated = logits * calibration.factors[:, None]
     if rule.num_nodes is not None:
         log_probs = choices.logits * calibration.factors[:, None] - calibrated.logsumexp(dim=-1, keepdim=True)
-        return Drafted(build_tree(log_probs, choices.token_ids, rule.num_nodes), choices, None)
+        tree = build_tree(log_probs, choices.token_ids, rule.num_nodes)
+        return Drafted(tree, choices if rule.calibrates else None, None)
     probs = rule.sampling.warped(calibrated).softmax(dim=-1)
     return Drafted(chain(rule.sampling.sample(probs)), choices, probs)

@@ -323,8 +323,8 @@ class DFlashDraftModel(PreTrainedModel):
         tree_budget: None verifies a chain of K tokens; N the N likeliest continuations; "auto" as many as pay.
         draft_sample_method: of a chain's tokens above temperature 0. "probabilistic" (the default) accepts more than
             "greedy", which keeps a likeliest token exactly when the target's own sample is the same.
-        calibration: that of an earlier call's output, to go on with what it learned. Without it every call learns
-            afresh, and a seed decides a text.
+        calibration: that of an earlier call's output, to go on with what it learned. Without it a call that samples
+            learns afresh, so that a seed decides a text, and a greedy one takes probabilities as they are.
         compile: make a round one CUDA graph. Graphs and caches stay with this model for the next call like this one.
 
         Returns token ids [B, P+n], or with `return_stats` a `SpecGenerateOutput`. Raises ValueError for a prompt, an

@@ -21,7 +21,7 @@ DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate. What each means: `vllm_dflash.hf.generation.spec_generate`."""
+    """How to generate. What each means: `DFlashDraftModel.spec_generate`."""
 
     limits: Limits
     sampling: Sampling = Sampling()
@@ -52,7 +52,7 @@ class Options:
         for argument, value in (("tree_budget", self.tree_budget), ("logits_processor", self.logits_processor)):
             if value:
                 raise ValueError(
-                    f"draft_sample_method='probabilistic' drafts chains by themselves, found {argument} too"
+                    f"draft_sample_method='probabilistic' is for plain chains, found {argument} = {value!r} too"
                 )
         if self.sampling.is_greedy:
             raise ValueError(
@@ -62,12 +62,17 @@ class Options:
 
     @property
     def rule(self) -> DraftRule:
-        """What to draft. A chain's samples are accepted more often than its likeliest tokens where a target samples."""
+        """What to draft.
+
+        Where a target samples, a chain's samples are accepted more often than its likeliest tokens, and calibration
+        adds to acceptance. Greedy targets of well trained drafters gain nothing from it.
+        """
+        calibrates = not self.sampling.is_greedy or self.calibration is not None
         if self.tree_budget is not None:
             num_nodes = max(BUDGETS) if isinstance(self.tree_budget, str) else self.tree_budget
-            return DraftRule(num_nodes, self.sampling, is_probabilistic=False)
+            return DraftRule(num_nodes, self.sampling, False, calibrates)
         greedy = self.sampling.is_greedy or self.logits_processor or self.draft_sample_method == "greedy"
-        return DraftRule(None, self.sampling, is_probabilistic=not greedy)
+        return DraftRule(None, self.sampling, not greedy, calibrates)
 
 
 def check_batch(
