@@ -145,13 +145,13 @@ def report(args: argparse.Namespace, names: list[str], rounds: list[dict[str, di
     for name in names:
         speeds = [one[name]["tokens"] / one[name]["seconds"] for one in rounds]
         to_chain = [one[CHAIN]["seconds"] / one[name]["seconds"] for one in rounds]
-        last = rounds[-1][name]
+        of_all = {key: sum(one[name][key] for one in rounds) for key in ("accepted", "rounds", "same")}
         rows.append({
             "method": name,
-            "acceptance_length": round(last["accepted"] / last["rounds"], 3) if last["rounds"] else None,
+            "acceptance_length": round(of_all["accepted"] / of_all["rounds"], 3) if of_all["rounds"] else None,
             "tokens_s": round(statistics.median(speeds), 1),
             "to_chain": round(statistics.median(to_chain), 3),
-            "same_text": None if args.temperature else f"{last['same']} of {args.num_prompts}",
+            "same_text": None if args.temperature else f"{of_all['same']} of {args.num_prompts * len(rounds)}",
         })  # fmt: skip
     print(f"{args.pair}, {args.dtype} on {args.device}, temperature {args.temperature:g}, {args.num_prompts} prompts x "
           f"{args.max_new_tokens} tokens, {args.rounds} rounds; torch {torch.__version__}, "
