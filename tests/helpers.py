@@ -8,8 +8,7 @@ are made.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,19 +117,6 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], num_sh
 def truncate(file: Path) -> None:
     """Cut a file in half, as a broken download does."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: on tiny tensors and a busy machine, more threads take ten times as long."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def drafter(seed: int = 0, **changes: Any) -> DFlashDraftModel:

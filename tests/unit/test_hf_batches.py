@@ -7,7 +7,7 @@ between its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -19,23 +19,19 @@ pytest.importorskip("transformers")
 import torch
 from transformers import BatchEncoding, PreTrainedModel, TextStreamer
 
-from tests.helpers import drafter, one_thread, randomise, target, target_config
+from tests.helpers import drafter, randomise, target, target_config
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf import round as round_
 from vllm_dflash.hf.slot_cache import SlotCache
 from vllm_dflash.tree import DraftTree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCK, VOCAB, PAD = 5, 96, 0
 PROMPTS = [[5, 9, 2, 40, 7, 33, 21], [81, 3], [17, 17, 60, 4]]
 WIDTH = max(map(len, PROMPTS))
 LEFT = torch.tensor([[PAD] * (WIDTH - len(ids)) + ids for ids in PROMPTS])
 LEFT_MASK = torch.tensor([[0] * (WIDTH - len(ids)) + [1] * len(ids) for ids in PROMPTS])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def qwen3() -> PreTrainedModel:

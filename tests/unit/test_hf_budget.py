@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,18 +11,14 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import torch
 
-from tests.helpers import drafter, one_thread, target
+from tests.helpers import drafter, target
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf.budget import BUDGETS, TRIALS, RoundCosts, expected_acceptance
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = torch.tensor([[5, 9, 2, 40, 7], [0, 0, 81, 3, 17]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def costs(milliseconds: dict[int, float]) -> RoundCosts:

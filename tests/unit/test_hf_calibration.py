@@ -11,19 +11,15 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import torch
 
-from tests.helpers import drafter, one_thread, target
+from tests.helpers import drafter, target
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf.calibration import PRIOR_INFORMATION, Calibration, Choices
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.rejection import reject
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NO_DEVICE = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def observed(true_factors: list[float], num_rounds: int) -> Iterator[tuple[Choices, torch.Tensor]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,19 +20,15 @@ import torch
 from scipy.stats import chisquare
 from transformers import Qwen3ForCausalLM
 
-from tests.helpers import drafter, one_thread, target
+from tests.helpers import drafter, target
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf import round as round_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALPHA = 1e-4
 VOCAB, LENGTH, SAMPLES, BATCH = 8, 3, 8000, 1000
 PROMPT = [1, 2, 3, 4, 5, 6]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

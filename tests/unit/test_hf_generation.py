@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import cycle
 
 import pytest
@@ -13,20 +13,16 @@ pytest.importorskip("transformers")
 import torch
 from transformers import Qwen3ForCausalLM
 
-from tests.helpers import drafter, one_thread, target
+from tests.helpers import drafter, target
 from vllm_dflash.hf import SpecGenerateOutput, TargetFeatures
 from vllm_dflash.hf import round as round_
 from vllm_dflash.hf.choosing import Sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = [5, 9, 2, 40, 7]
 PROMPT_IDS = torch.tensor([PROMPT])
 BLOCK = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,19 +18,15 @@ pytest.importorskip("transformers")
 import torch
 from transformers import Qwen3ForCausalLM
 
-from tests.helpers import drafter, one_thread, target
+from tests.helpers import drafter, target
 from vllm_dflash.hf import DFlashDraftModel, SpecGenerateOutput, graphs, options
 from vllm_dflash.hf.graphs import padded_slots
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [[5, 9, 2, 40, 7], [0, 0, 81, 3, 17]]
 MASK = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class HostMark:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.helpers import drafter, drafter_config, one_thread, speculators_config, write_config, write_drafter
+from tests.helpers import drafter, drafter_config, speculators_config, write_config, write_drafter
 from vllm_dflash.hf import DFlashDraftModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EPS = 48, 4, 2, 32, 1e-6
 TAPS, BLOCK = 2, 4
 #: fp32 against double: some hundred roundings of values around 1. A wrong rule is off by more than WRONG.
 CLOSE, WRONG = {"atol": 2e-5, "rtol": 2e-5}, 1e-2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # The statement. One request, no batch, no cache; every row's keys are looked up one by one.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,18 +18,14 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from tests.helpers import drafter, one_thread, target
+from tests.helpers import drafter, target
 from vllm_dflash.hf import SpecGenerateOutput
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = torch.tensor([[5, 9, 2, 40, 7], [0, 0, 81, 3, 17]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 VOCAB = 96
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class AfterItself(LogitsProcessor):
