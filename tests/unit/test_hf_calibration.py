@@ -15,7 +15,10 @@ from tests.helpers import drafter, target
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf.calibration import PRIOR_INFORMATION, Calibration, Choices
 from vllm_dflash.hf.choosing import Sampling
+from vllm_dflash.hf.drafting import Drafted, DraftRule, chosen
 from vllm_dflash.hf.rejection import reject
+from vllm_dflash.hf.round import learned
+from vllm_dflash.tree import Walk, chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +65,31 @@ def test_what_tells_nothing(said: list, num_said: list) -> None:
     choices = Choices(torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[7, 8]]]))
     calibration = Calibration.fresh(1, NO_DEVICE).learned(choices, torch.tensor(said), torch.tensor(num_said))
     assert (calibration.factors.item(), calibration.information.item()) == (1.0, 0.0)
+
+
+def test_what_a_round_tells() -> None:
+    """One accepted token and the target's own after it: two depths. A text that has ended tells nothing."""
+    choices = Choices(torch.randn(2, 3, 4), torch.tensor([[[7, 8, 9, 5]] * 3] * 2))
+    tokens = torch.tensor([[7, 8, 9], [7, 8, 9]])
+    walked = Walk(torch.tensor([[0, -1, -1], [0, 1, 2]]), torch.tensor([1, 3]), torch.tensor([5, 6]))
+    drafted = Drafted(chain(tokens), choices, None)
+    got = learned(Calibration.fresh(3, NO_DEVICE), drafted, tokens, walked, torch.tensor([True, False]))
+    said = torch.tensor([[7, 5, 0]])
+    first = Choices(choices.logits[:1], choices.token_ids[:1])
+    expected = Calibration.fresh(3, NO_DEVICE).learned(first, said, torch.tensor([2]))
+    assert got.information.tolist() == expected.information.tolist() and got.information[2] == 0.0
+    assert got.factors.tolist() == expected.factors.tolist()
+
+
+def test_samples_are_of_what_the_target_may_say() -> None:
+    """top_k of the target holds for the drafter's samples too: others would be rejected for sure."""
+    rule = DraftRule(None, Sampling(0.5, top_k=2), is_probabilistic=True, calibrates=True)
+    logits = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(0))
+    probs = chosen(logits, Calibration(torch.full((4,), 0.7), torch.zeros(4)), rule).probs
+    assert probs is not None
+    top = logits.topk(2, dim=-1)
+    expected = torch.zeros_like(probs).scatter(2, top.indices, (top.values / 0.5 * 0.7).softmax(dim=-1))
+    torch.testing.assert_close(probs, expected)
 
 
 def test_tokens_that_cannot_be_drafted() -> None:

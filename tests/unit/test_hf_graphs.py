@@ -132,11 +132,15 @@ def test_rows_that_stop_early(model: Qwen3ForCausalLM) -> None:
     stop = expected[0][5 + 7]
     ends = [next((i for i, token in enumerate(row[5:]) if token == stop), 29) + 1 for row in expected]
     assert ends[0] != ends[1]
-    output = generate(drafter(block_size=5), model, slice(2), 30, stop_token_ids=[stop])
+    draft = drafter(block_size=5)
+    output = generate(draft, model, slice(2), 30, stop_token_ids=[stop])
     width = max(ends)
     assert output.sequences.tolist() == [
         row[: 5 + end] + [0] * (width - end) for row, end in zip(expected, ends, strict=True)
     ]
+    early = ends.index(min(ends))
+    longest = sum(MASK[early]) + min(ends) + 2 * 5  # its slots: a round that was under way, and none after it
+    assert int(draft.workspace.state.lengths[early]) <= longest < sum(MASK[early]) + 30
 
 
 def test_a_seed_decides_the_samples(model: Qwen3ForCausalLM) -> None:
