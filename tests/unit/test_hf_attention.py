@@ -48,6 +48,14 @@ def test_without_a_mask_all_see_all() -> None:
     torch.testing.assert_close(grouped_attention(query, key, value, None), expected)
 
 
+def test_values_of_another_size_than_keys() -> None:
+    query, key, _ = tensors()
+    value = torch.randn(BATCH, KV_HEADS, SLOTS, 5, generator=torch.Generator().manual_seed(2))
+    visible = torch.ones(BATCH, 1, ROWS, SLOTS, dtype=torch.bool).tril(2)
+    expected = written_out(query, key, value, visible, DIM**-0.5)
+    torch.testing.assert_close(grouped_attention(query, key, value, visible), expected)
+
+
 def test_a_target_has_its_own_attention_afterwards() -> None:
     model = target()
     assert model.config._attn_implementation == "sdpa"

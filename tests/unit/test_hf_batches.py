@@ -22,6 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel, TextStreamer
 from tests.helpers import drafter, randomise, target, target_config
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf import round as round_
+from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.slot_cache import SlotCache
 from vllm_dflash.tree import DraftTree
 
@@ -212,6 +213,29 @@ def test_padding_on_the_right_is_padding_too() -> None:
     assert torch.equal(got, torch.cat((right, expected), dim=1))
 
 
+@pytest.mark.parametrize("rows", [slice(3), slice(1, 2)], ids=["batch", "one"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_all_rows_have(rows: slice, side: str) -> None:
+    """More of it than there is room for in the caches."""
+    model, padding = target(), torch.zeros(3, 200, dtype=torch.long)
+    expected = greedy(model, 9)[rows, WIDTH:]
+    right = torch.tensor([ids + [PAD] * (WIDTH - len(ids)) for ids in PROMPTS])
+    right_mask = torch.tensor([[1] * len(ids) + [0] * (WIDTH - len(ids)) for ids in PROMPTS])
+    parts = {"left": ([padding, LEFT], [padding, LEFT_MASK]), "right": ([right, padding], [right_mask, padding])}
+    ids, mask = (torch.cat(columns, dim=1)[rows] for columns in parts[side])
+    got = drafter(block_size=5).spec_generate(ids, model, 9, attention_mask=mask)
+    assert torch.equal(got, torch.cat((ids, expected), dim=1))
+
+
+def test_sliding_windows_in_all_layers_by_their_names(plant: Callable) -> None:
+    """`layer_types` of one kind: such models take one mask."""
+    model = mistral_sliding().eval()
+    model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+    expected = greedy(model, 20 + BLOCK)
+    plant(expected[:, WIDTH:].tolist(), COUNTS, decoys=True)
+    assert torch.equal(generate(model, 20, tree_budget=8).sequences, expected[:, : WIDTH + 20])
+
+
 def test_what_a_tokenizer_returns_will_do() -> None:
     model = target()
     encoding = BatchEncoding({"input_ids": LEFT, "attention_mask": LEFT_MASK})
@@ -290,7 +314,7 @@ def test_the_drafter_of_another_target(changes: dict[str, int], message: str) ->
         drafter().spec_generate(torch.tensor([[1, 2]]), target(**changes), 4)
 
 
-@pytest.mark.parametrize("budget", [0, -1, 2.5, "all"])
+@pytest.mark.parametrize("budget", [0, -1, 2.5, True, "all"])
 def test_tree_budgets_that_are_none(budget: Any) -> None:
     with pytest.raises(ValueError, match=f"tree_budget must be .*found {budget!r}"):
         generate(target(), 4, tree_budget=budget)
@@ -308,6 +332,30 @@ def test_a_target_with_recurrent_state() -> None:
     model = target()
     model.config.layer_types = ["linear_attention", "full_attention"] * 3
     with pytest.raises(ValueError, match=r"Qwen3ForCausalLM has layers of type \['linear_attention'\]"):
+        generate(model, 4)
+
+
+def test_prompts_that_are_no_tensor() -> None:
+    with pytest.raises(ValueError, match=r"input_ids must be a tensor \[B, P\].*found list"):
+        drafter().spec_generate([[1, 2]], target(), 4)
+
+
+def test_a_drafter_of_another_dtype() -> None:
+    with pytest.raises(ValueError, match=r"drafter's dtype is torch.bfloat16 and the target's is torch.float32"):
+        drafter().bfloat16().spec_generate(torch.tensor([[1, 2]]), target(), 4)
+
+
+def test_a_calibration_of_another_drafter() -> None:
+    other = Calibration.fresh(7, torch.device("cpu"))
+    with pytest.raises(ValueError, match="calibration is of 7 depths, and this drafter has 4"):
+        generate(target(), 4, calibration=other)
+
+
+def test_layers_without_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target whose config does not tell that a layer has another kind of memory."""
+    model = target()
+    monkeypatch.setattr(model.model.layers[2].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with pytest.raises(ValueError, match=r"layers \[2\] of Qwen3ForCausalLM keep no K/V"):
         generate(model, 4)
 
 

@@ -42,13 +42,17 @@ def costs(milliseconds: dict[int, float]) -> RoundCosts:
     ids=["free", "dear", "between", "hopeless"],
 )
 def test_most_tokens_a_second(milliseconds: dict[int, float], expected: list[float], best: int) -> None:
-    assert costs(milliseconds).choose(expected) == best
+    assert costs(milliseconds).choose(expected, most=15) == best
+
+
+def test_no_more_than_was_drafted() -> None:
+    assert costs({3: 10.0, 7: 10.0, 15: 10.0}).choose([1.0, 1.5, 1.8], most=7) == 7
 
 
 def test_every_budget_is_tried_first() -> None:
     table, seen = RoundCosts([3, 7]), []
     for _ in range(2 * TRIALS):
-        seen.append(table.choose([0.0, 0.0]))
+        seen.append(table.choose([0.0, 0.0], most=7))
         table.record(seen[-1], 0.01)
     assert sorted(seen) == [3] * TRIALS + [7] * TRIALS
 
@@ -63,10 +67,10 @@ def test_a_median_of_late_rounds() -> None:
     """One slow round changes nothing; a budget that has become slow is noticed."""
     table = costs({3: 10.0, 7: 12.0})
     table.record(7, 0.1)
-    assert table.choose([1.0, 1.5]) == 7
+    assert table.choose([1.0, 1.5], most=7) == 7
     for _ in range(9):
         table.record(7, 0.1)
-    assert table.choose([1.0, 1.5]) == 3
+    assert table.choose([1.0, 1.5], most=7) == 3
 
 
 def test_expected_acceptance_by_hand() -> None:

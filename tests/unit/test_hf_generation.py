@@ -151,6 +151,18 @@ def test_stops_right_after_the_first_stop_token(
     assert new_tokens(generate(model, 20, stop_token_ids=[unused, text[stop_at]])) == text[:end]
 
 
+def test_one_stop_token_need_not_be_a_list(model: Qwen3ForCausalLM) -> None:
+    text = greedy(model, 12)
+    assert new_tokens(generate(model, 12, stop_token_ids=text[6])) == text[: text.index(text[6]) + 1]
+
+
+def test_a_target_without_a_generation_config() -> None:
+    model = target()
+    text = greedy(model, 6)
+    model.generation_config = None
+    assert new_tokens(generate(model, 6)) == text
+
+
 def test_a_stop_token_of_the_prompt_does_not_stop(model: Qwen3ForCausalLM) -> None:
     text = greedy(model, 6)
     stop = next(token for token in PROMPT if token not in text)
@@ -187,8 +199,14 @@ def test_choose_without_temperature_takes_the_likeliest(temperature: float) -> N
 
 @pytest.mark.parametrize(
     ("options", "possible"),
-    [({"top_k": 2}, {0, 1}), ({"top_p": 0.7}, {0, 1}), ({"top_p": 0.5}, {0}), ({"top_k": 3, "top_p": 1.0}, {0, 1, 2})],
-    ids=["top_k", "top_p", "one is enough", "all but one"],
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.7}, {0, 1}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_k": 3, "top_p": 1.0}, {0, 1, 2}),
+        ({"top_k": 0}, {0, 1, 2, 3}),
+    ],
+    ids=["top_k", "top_p", "one is enough", "all but one", "all"],
 )
 def test_choose_keeps_to_the_likeliest(options: dict, possible: set[int]) -> None:
     logits = torch.tensor([0.55, 0.3, 0.1, 0.05]).log().expand(400, -1)
@@ -203,7 +221,7 @@ def test_a_generator_decides_the_samples() -> None:
     assert sample(1) == sample(1) != sample(2)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_samplings_that_leave_nothing(options: dict[str, float]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} must be .*found {value}"):
@@ -289,6 +307,19 @@ def test_hooks_are_gone_afterwards(model: Qwen3ForCausalLM) -> None:
         assert num_hooks() == before + 2
         raise KeyError
     assert num_hooks() == before
+
+
+def test_layers_that_give_no_hidden_states(model: Qwen3ForCausalLM) -> None:
+    """Some models carry several streams through their layers: [4, B, T, H]."""
+    last = len(model.model.layers) - 1
+    handle = model.model.layers[last].register_forward_hook(lambda module, inputs, output: output[None])
+    try:
+        with TargetFeatures(model, [last]) as features, torch.no_grad():
+            model(PROMPT_IDS)
+            with pytest.raises(ValueError, match=r"shapes \[\[1, 1, 5, 48\]\], and a drafter reads hidden states"):
+                features.take()
+    finally:
+        handle.remove()
 
 
 def test_a_target_without_decoder_layers() -> None:

@@ -25,17 +25,18 @@ NAME = "grouped_heads"  # Transformers takes any name with "flash" in it for a F
 def grouped_attention(
     query: torch.Tensor,  # [B, heads, Q, D]
     key: torch.Tensor,  # [B, K/V heads, S, D]
-    value: torch.Tensor,  # [B, K/V heads, S, D]
+    value: torch.Tensor,  # [B, K/V heads, S, E]; E = D but for latent attention
     mask: torch.Tensor | None,  # [B, 1, Q or 1, S], additive or bool; None: all see all
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Softmax attention, [B, heads, Q, D]."""
+    """Softmax attention, [B, heads, Q, E]."""
     batch, num_heads, num_rows, head_dim = query.shape
     group = num_heads // key.shape[1]
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, group, 1)  # [B, 1, group * Q, S]
     rows = query.reshape(batch, key.shape[1], group * num_rows, head_dim)
-    return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale).reshape(query.shape)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, num_heads, num_rows, value.shape[3])
 
 
 def _for_transformers(

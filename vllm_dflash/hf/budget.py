@@ -51,8 +51,8 @@ class RoundCosts:
             return untried or self.budgets[-1]
         return next((budget for budget in self.budgets if budget > last), last)
 
-    def choose(self, expected: Sequence[float]) -> int:
-        """The budget of most expected tokens a second; one that needs trials comes first.
+    def choose(self, expected: Sequence[float], most: int) -> int:
+        """The budget of most expected tokens a second, of those up to `most`; one that needs trials comes first.
 
         `expected` is the sum of the nodes' probabilities for each of the budgets.
         """
@@ -62,6 +62,7 @@ class RoundCosts:
         rates = [
             (1.0 + more) / statistics.median(self.seconds[budget])
             for budget, more in zip(self.budgets, expected, strict=True)
+            if budget <= most
         ]
         return self.budgets[rates.index(max(rates))]
 

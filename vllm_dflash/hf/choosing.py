@@ -20,8 +20,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the argument and its value."""
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, found {self.top_k}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be at least 1, or 0 for all tokens, found {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
@@ -64,7 +64,7 @@ class Sampling:
 
     def _warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
-        if self.top_k is not None:
+        if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None and self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))

@@ -22,7 +22,7 @@ from vllm_dflash.hf.attention import grouped_heads
 from vllm_dflash.hf.budget import RoundCosts
 from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.graphs import Workspace, WorkspaceKey, padded_slots
-from vllm_dflash.hf.options import AUTO, Options, check_batch
+from vllm_dflash.hf.options import AUTO, Options, check_batch, check_calibration
 from vllm_dflash.hf.processors import ProcessedChoice
 from vllm_dflash.hf.prompts import Prompts, check_pair, read_prompts
 from vllm_dflash.hf.round import Round
@@ -65,6 +65,7 @@ def spec_generate(
     prompts = read_prompts(input_ids, attention_mask)
     check_batch(options, input_ids)
     check_pair(model, target, prompts)
+    check_calibration(options.calibration, model.block_size - 1)
     check_attention(target, len(prompts.lengths), options.tree_budget is not None, options.compile)
     started = time.perf_counter()
     run = _prepared(model, target, prompts, options)
@@ -147,7 +148,8 @@ class Rounds:
     ) -> int:
         """The budget of this very tree."""
         assert self.costs is not None
-        self.budgets.append(self.costs.choose(expected.tolist()))
+        assert self.round.rule.num_nodes is not None
+        self.budgets.append(self.costs.choose(expected.tolist(), self.round.rule.num_nodes))
         return self.budgets[-1]
 
 

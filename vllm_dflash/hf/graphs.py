@@ -65,7 +65,7 @@ class Workspace:
         unread: HostCopy | None = None
         expected = [0.0] * len(costs.budgets) if costs is not None else []
         while True:
-            budget = costs.choose(expected) if costs is not None else None
+            budget = costs.choose(expected, costs.budgets[-1]) if costs is not None else None
             not_yet_told = self.round.num_depths + 1 if unread else 0
             launched = self._launch(sequences.longest + not_yet_told + self.round.widest, sequences.is_active, budget)
             if unread is not None:

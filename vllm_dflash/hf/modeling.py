@@ -30,7 +30,7 @@ from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
 from vllm_dflash.hf.graphs import Workspace
 from vllm_dflash.hf.options import Options
-from vllm_dflash.hf.sequences import Limits
+from vllm_dflash.hf.sequences import Limits, stop_tokens
 from vllm_dflash.hf.slot_cache import SlotCache
 
 
@@ -298,7 +298,7 @@ class DFlashDraftModel(PreTrainedModel):
         target: nn.Module,
         max_new_tokens: int,
         temperature: float = 0.0,
-        stop_token_ids: list[int] | None = None,
+        stop_token_ids: list[int] | int | None = None,
         return_stats: bool = False,
         *,
         mask_token_id: int | None = None,
@@ -339,12 +339,12 @@ class DFlashDraftModel(PreTrainedModel):
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
             input_ids = input_ids["input_ids"]
         options = Options(
-            limits=Limits(max_new_tokens, frozenset(stop_token_ids or ())),
+            limits=Limits(max_new_tokens, stop_tokens(stop_token_ids)),
             sampling=Sampling(temperature, top_k, top_p, generator),
             tree_budget=tree_budget,
             draft_sample_method=draft_sample_method,
             calibration=calibration,
-            logits_processor=logits_processor,
+            logits_processor=LogitsProcessorList(logits_processor or ()),
             streamer=streamer,
             compile=compile,
         )

@@ -34,9 +34,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the argument and the values seen."""
-        budget = self.tree_budget
-        if budget not in (None, AUTO) and (not isinstance(budget, int) or budget < 1):
-            raise ValueError(f"tree_budget must be None, 'auto' or a number of nodes of at least 1, found {budget!r}")
+        if not _is_budget(self.tree_budget):
+            raise ValueError(
+                f"tree_budget must be None, 'auto' or a number of nodes of at least 1, found {self.tree_budget!r}"
+            )
         if self.draft_sample_method not in (None, *DRAFT_SAMPLE_METHODS):
             raise ValueError(
                 f"draft_sample_method must be one of {', '.join(DRAFT_SAMPLE_METHODS)}, "
@@ -75,6 +76,12 @@ class Options:
         return DraftRule(None, self.sampling, not greedy, calibrates)
 
 
+def _is_budget(budget: object) -> bool:
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return budget >= 1
+    return budget is None or budget == AUTO
+
+
 def check_batch(
     options: Options,
     input_ids: torch.Tensor,  # [B, P]
@@ -84,6 +91,15 @@ def check_batch(
         raise ValueError(f"a streamer takes one sequence, and input_ids has {len(input_ids)}")
     if options.compile:
         check_device(input_ids)
+
+
+def check_calibration(calibration: Calibration | None, num_depths: int) -> None:
+    """Raises ValueError for that of another drafter."""
+    if calibration is not None and calibration.factors.shape != (num_depths,):
+        raise ValueError(
+            f"calibration is of {len(calibration.factors)} depths, and this drafter has {num_depths}: "
+            "it was learned with another one"
+        )
 
 
 def check_device(

@@ -27,7 +27,7 @@ class ProcessedChoice:
 
     def __init__(self, processors: LogitsProcessorList, sampling: Sampling, prompts: Prompts) -> None:
         self.processors, self.sampling = processors, sampling
-        self.prompts = prompts.token_ids.tolist()  # padded on the left, as `generate` passes them
+        self.prompts = prompts.as_given.tolist()  # padded on the left, as `generate` passes them
         self.sequences: Sequences | None = None  # as soon as there are any
 
     def first(

@@ -54,10 +54,19 @@ class Round:
         visible = prompt_visibility(positions)
         logits = self._run_target(prompts.token_ids, positions, visible, None, logits_to_keep=1)  # [B, 1, V]
         context = ContextRows(self.features.take(), positions, prompts.is_real)
+        self._check_cache()
         lengths = torch.tensor(prompts.lengths, device=positions.device)
         choose = self.processed.first if self.processed is not None else self.sampling.choose
         calibration = calibration or Calibration.fresh(self.num_depths, positions.device)
         return RoundState(choose(logits[:, -1]), lengths, context, calibration)
+
+    def _check_cache(self) -> None:
+        without = [index for index, layer in enumerate(self.target_cache.layers) if not layer.is_initialized]
+        if without:
+            raise ValueError(
+                f"layers {without} of {type(self.target).__name__} keep no K/V: what they remember otherwise cannot "
+                "forget rejected drafts"
+            )
 
     def __call__(
         self,

@@ -36,6 +36,13 @@ class Limits:
         return kept, num_before + len(kept) == self.max_new_tokens
 
 
+def stop_tokens(stop_token_ids: list[int] | int | None) -> frozenset[int]:
+    """What a user may give for them."""
+    if isinstance(stop_token_ids, int):
+        return frozenset({stop_token_ids})
+    return frozenset(stop_token_ids or ())
+
+
 class Sequences:
     """Each sequence's text. The target has seen all of it but its last token, the anchor."""
 
@@ -100,7 +107,9 @@ class Said:
 
 def padding_id(target: nn.Module) -> int:
     """What stands behind a sequence that ended before others: the target's own choice."""
-    config = target.generation_config
+    config = getattr(target, "generation_config", None)
+    if config is None:
+        return 0
     ends = config.eos_token_id
     if config.pad_token_id is not None:
         return config.pad_token_id

@@ -51,11 +51,19 @@ class TargetFeatures:
         return hook
 
     def take(self) -> torch.Tensor:
-        """The features of the latest forward, [B, T, F*H]. Raises RuntimeError when there was none."""
+        """The features of the latest forward, [B, T, F*H].
+
+        Raises RuntimeError when there was none, and ValueError where layers have outputs of another form.
+        """
         outputs = [o for o in self._outputs if o is not None]
         if len(outputs) != len(self._outputs):
             raise RuntimeError("TargetFeatures.take() before a forward of the target")
         self._outputs = [None] * len(outputs)
+        if any(output.ndim != 3 for output in outputs):
+            raise ValueError(
+                f"the tapped decoder layers give tensors of shapes {[list(o.shape) for o in outputs]}, "
+                "and a drafter reads hidden states [B, T, H]: this target's layers are not of that kind"
+            )
         return torch.cat(outputs, dim=-1)
 
 

@@ -35,8 +35,9 @@ class TargetMasks:
             window = None
         self.is_flash = "flash" in str(target.config._attn_implementation)
         self.window = window
-        self.by_kind = kinds is not None and _SLIDING in kinds
-        self.all_sliding = kinds is None and window is not None
+        # Only models of both kinds take one mask for each.
+        self.by_kind = kinds is not None and {_FULL, _SLIDING} <= set(kinds)
+        self.all_sliding = window is not None and (kinds is None or set(kinds) == {_SLIDING})
 
     def __call__(
         self,
