@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 import torch
 
 from tests.helpers import target
+from vllm_dflash.hf import attention
 from vllm_dflash.hf.attention import grouped_attention, grouped_heads
 
 BATCH, HEADS, KV_HEADS, ROWS, SLOTS, DIM = 2, 6, 2, 3, 7, 8
@@ -31,7 +32,11 @@ def written_out(query, key, value, visible, scale) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [None, 0.3], ids=["default scale", "own scale"])
 @pytest.mark.parametrize("rows", [ROWS, 1], ids=["a mask for each row", "one for all rows"])
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
-def test_against_softmax(additive: bool, rows: int, scale: float | None) -> None:
+@pytest.mark.parametrize("few_rows", [512, 1], ids=["decode", "prompt"])
+def test_against_softmax(
+    few_rows: int, additive: bool, rows: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "FEW_ROWS", few_rows)
     query, key, value = tensors()
     visible = torch.rand(BATCH, 1, rows, SLOTS, generator=torch.Generator().manual_seed(1)) < 0.6
     visible[..., 0] = True

@@ -127,6 +127,15 @@ def test_what_graphs_cannot_serve_gets_its_own(model: Qwen3ForCausalLM, changes:
     assert draft.workspace is not kept
 
 
+def test_a_pair_that_was_cast_gets_new_ones(model: Qwen3ForCausalLM) -> None:
+    draft = drafter(block_size=5)
+    generate(draft, model, slice(1), 8)
+    kept = draft.workspace
+    expected = greedy(model.double(), slice(1), 30)
+    assert generate(draft.double(), model, slice(1), 30).sequences.tolist() == expected
+    assert draft.workspace is not kept
+
+
 def test_rows_that_stop_early(model: Qwen3ForCausalLM) -> None:
     expected = greedy(model, slice(2), 30)
     stop = expected[0][5 + 7]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.helpers import drafter, drafter_config, speculators_config, write_config, write_drafter
+from tests.helpers import ABSENT, drafter, drafter_config, speculators_config, write_config, write_drafter
 from vllm_dflash.hf import DFlashDraftModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,6 +189,14 @@ CASES = {
     "one key head for all": ({"num_key_value_heads": 1}, Rules(kv_heads=1), Rules(kv_heads=1, causal=(True, True))),
     "a key head each": ({"num_key_value_heads": 4}, Rules(kv_heads=4), Rules(kv_heads=4, causal=(True, True))),
 }
+
+
+def test_frequencies_are_computed_once() -> None:
+    """A second forward copies nothing from the host."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    rotary = drafter(rope_theta=ABSENT, rope_parameters=yarn).rotary_emb
+    first, _ = rotary._frequencies(torch.device("cpu"))
+    assert rotary._frequencies(torch.device("cpu"))[0] is first
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+#: Of more rows, as a prompt has, the mask is what takes memory, and K/V heads are copied instead.
+FEW_ROWS = 512
+
 NAME = "grouped_heads"  # Transformers takes any name with "flash" in it for a FlashAttention package
 
 
@@ -32,6 +35,9 @@ def grouped_attention(
     """Softmax attention, [B, heads, Q, E]."""
     batch, num_heads, num_rows, head_dim = query.shape
     group = num_heads // key.shape[1]
+    if num_rows > FEW_ROWS:
+        key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, group, 1)  # [B, 1, group * Q, S]
     rows = query.reshape(batch, key.shape[1], group * num_rows, head_dim)

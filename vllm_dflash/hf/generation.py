@@ -104,7 +104,7 @@ def _prepared(model: DFlashDraftModel, target: nn.Module, prompts: Prompts, opti
         if options.logits_processor:
             one_round.processed = ProcessedChoice(options.logits_processor, options.sampling, prompts)
         return Rounds(one_round, costs)
-    key = WorkspaceKey(target, num_sequences, rule)
+    key = WorkspaceKey(target, (target.dtype, target.device), num_sequences, rule)
     if model.workspace is None or not model.workspace.fits(key, capacity):
         model.workspace = None  # its memory is free before the new one's is taken
         model.workspace = Workspace(key, Round(model, target, rule, padded_slots(capacity) + 1))

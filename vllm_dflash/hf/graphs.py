@@ -36,6 +36,7 @@ class WorkspaceKey:
     """What a captured round depends on."""
 
     target: nn.Module
+    memory: tuple[torch.dtype, torch.device]  # where the target was, which may have been moved since
     num_sequences: int
     rule: DraftRule
 

@@ -37,15 +37,22 @@ from vllm_dflash.hf.slot_cache import SlotCache
 class DFlashRotaryEmbedding(nn.Module):
     """cos/sin of the first `rotary_dim` channels; scaled RoPE types through Transformers' own init functions.
 
-    The frequencies are computed in every forward and never kept: `from_pretrained` builds modules without memory and
-    fills what a checkpoint holds, so a buffer would stay garbage, and a cast of the model would round it.
+    The frequencies are computed at the first forward on a device and are no buffer: `from_pretrained` builds modules
+    without memory and fills what a checkpoint holds, so a buffer would stay garbage, and a cast would round it. Later
+    forwards copy nothing from the host, which no CUDA graph could.
     """
 
     def __init__(self, config: DFlashConfig, hf_config: Qwen3Config) -> None:
         super().__init__()
         self.config, self.hf_config = config, hf_config
+        self.known: dict[torch.device, tuple[torch.Tensor, float]] = {}
 
     def _frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
+        if device not in self.known:
+            self.known[device] = self._computed(device)
+        return self.known[device]
+
+    def _computed(self, device: torch.device) -> tuple[torch.Tensor, float]:
         """Radians a position [rotary_dim / 2], fp32, and the factor on cos and sin."""
         rope, rotary_dim = self.config.rope_parameters, self.config.rotary_dim
         if rope["rope_type"] != "default":
