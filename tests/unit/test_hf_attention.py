@@ -70,6 +70,25 @@ def test_a_target_has_its_own_attention_afterwards() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_only_the_text_model_changes() -> None:
+    """A target of several models, whose text model has its own attention."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    text = Gemma3TextConfig(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=96)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    model.config.vision_config._attn_implementation = "eager"
+    with grouped_heads(model):
+        assert model.config.text_config._attn_implementation == "grouped_heads"
+    assert [one._attn_implementation for one in configs] == ["sdpa", "sdpa", "eager"]
+    model.config.text_config._attn_implementation = "eager"
+    with grouped_heads(model):
+        assert [one._attn_implementation for one in configs] == ["sdpa", "eager", "eager"]
+
+
 def test_eager_targets_keep_theirs() -> None:
     model = target()
     model.set_attn_implementation("eager")

@@ -42,6 +42,14 @@ def test_a_chain_says_what_the_target_says(model: Qwen3ForCausalLM) -> None:
     assert torch.equal(drafter(block_size=5).spec_generate(PROMPT, model, 30), expected)
 
 
+def test_a_padded_prompt(model: Qwen3ForCausalLM) -> None:
+    expected = target().generate(PROMPT, do_sample=False, max_new_tokens=12, pad_token_id=0)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), PROMPT), dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    got = drafter(block_size=5).spec_generate(padded, model, 12, attention_mask=mask)
+    assert torch.equal(got[:, 3:], expected)
+
+
 @pytest.mark.parametrize(
     ("batch", "options", "needs"),
     [(1, {"tree_budget": 7}, "a draft tree"), (1, {"tree_budget": "auto"}, "a draft tree"), (2, {}, "2 sequences")],

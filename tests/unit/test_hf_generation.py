@@ -153,7 +153,8 @@ def test_stops_right_after_the_first_stop_token(
 
 def test_one_stop_token_need_not_be_a_list(model: Qwen3ForCausalLM) -> None:
     text = greedy(model, 12)
-    assert new_tokens(generate(model, 12, stop_token_ids=text[6])) == text[: text.index(text[6]) + 1]
+    for stop in (text[6], torch.tensor([text[6]])):
+        assert new_tokens(generate(model, 12, stop_token_ids=stop)) == text[: text.index(text[6]) + 1]
 
 
 def test_a_target_without_a_generation_config() -> None:
@@ -192,7 +193,7 @@ def test_choose_samples_the_tempered_distribution(temperature: float, expected: 
     assert (counts / num_samples).tolist() == pytest.approx(expected, abs=4 * 0.5 / num_samples**0.5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-42])
 def test_choose_without_temperature_takes_the_likeliest(temperature: float) -> None:
     assert Sampling(temperature).choose(torch.tensor([[0.1, 2.0, 1.0], [3.0, 0.0, 1.0]])).tolist() == [1, 0]
 
@@ -221,11 +222,11 @@ def test_a_generator_decides_the_samples() -> None:
     assert sample(1) == sample(1) != sample(2)
 
 
-@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}])
 def test_samplings_that_leave_nothing(options: dict[str, float]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} must be .*found {value}"):
-        Sampling(1.0, **options)
+        Sampling(**({"temperature": 1.0} | options))
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,12 @@ AttentionInterface.register(NAME, _for_transformers)
 @contextlib.contextmanager
 def grouped_heads(target: nn.Module) -> Iterator[None]:
     """While active, a target that uses `sdpa` uses this. Others (`eager`, with sinks or soft caps) keep their own."""
-    if target.config._attn_implementation != "sdpa":
+    config = target.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa":
         yield
         return
-    target.set_attn_implementation(NAME)
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        target.set_attn_implementation("sdpa")
+        config._attn_implementation = "sdpa"

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+#: Below it, logits divided by the temperature leave fp32's range.
+SMALLEST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a target speaks. temperature <= 0: its likeliest token; top_k and top_p as in `generate`."""
+    """How a target speaks. temperature 0: its likeliest token; top_k and top_p as in `generate`."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -20,6 +24,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the argument and its value."""
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature must be a finite number, found {self.temperature}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k must be at least 1, or 0 for all tokens, found {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
@@ -27,7 +33,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature <= 0.0
+        return self.temperature < SMALLEST_TEMPERATURE
 
     def choose(
         self,

@@ -39,7 +39,7 @@ class SpecGenerateOutput:
     """What was generated, and how."""
 
     sequences: torch.Tensor  # [B, P+n]: the prompts as they were given, generated ids, padding behind an early stop
-    acceptance_lengths_by_row: list[list[int]]  # tokens that each round added to a row, bonus token included
+    acceptance_lengths_by_row: list[list[int]]  # what each round accepted, and the bonus token, also behind an end
     prefill_seconds: float  # until every sequence has its first token
     decode_seconds: float  # all rounds
     budgets: list[int]  # nodes that each round verified; empty unless the budget was "auto"
@@ -69,7 +69,7 @@ def spec_generate(
     check_attention(target, len(prompts.lengths), options.tree_budget is not None, options.compile)
     started = time.perf_counter()
     run = _prepared(model, target, prompts, options)
-    with run.round.features, grouped_heads(target):
+    with torch.cuda.device_of(input_ids), run.round.features, grouped_heads(target):
         state = run.round.prefill(prompts, options.calibration)
         sequences = Sequences(prompts, state.anchors.tolist(), options.limits)
         if run.round.processed is not None:

@@ -331,7 +331,8 @@ class DFlashDraftModel(PreTrainedModel):
         draft_sample_method: of a chain's tokens above temperature 0. "probabilistic" (the default) accepts more than
             "greedy", which keeps a likeliest token exactly when the target's own sample is the same.
         calibration: that of an earlier call's output, to go on with what it learned. Without it a call that samples
-            learns afresh, so that a seed decides a text, and a greedy one takes probabilities as they are.
+            learns afresh, so that a seed decides a text (not with "auto"), and a greedy tree takes probabilities as
+            they are. A chain of likeliest tokens has nothing to learn.
         compile: make a round one CUDA graph. Graphs and caches stay with this model for the next call like this one.
 
         Returns token ids [B, P+n], or with `return_stats` a `SpecGenerateOutput`. Raises ValueError for a prompt, an

@@ -40,7 +40,7 @@ def stop_tokens(stop_token_ids: list[int] | int | None) -> frozenset[int]:
     """What a user may give for them."""
     if isinstance(stop_token_ids, int):
         return frozenset({stop_token_ids})
-    return frozenset(stop_token_ids or ())
+    return frozenset(map(int, stop_token_ids if stop_token_ids is not None else ()))
 
 
 class Sequences:

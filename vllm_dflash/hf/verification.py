@@ -33,7 +33,7 @@ class TargetMasks:
         window = getattr(config, "sliding_window", None)
         if kinds is None and not getattr(config, "use_sliding_window", True):
             window = None
-        self.is_flash = "flash" in str(target.config._attn_implementation)
+        self.is_flash = "flash" in str(config._attn_implementation)
         self.window = window
         # Only models of both kinds take one mask for each.
         self.by_kind = kinds is not None and {_FULL, _SLIDING} <= set(kinds)
@@ -66,7 +66,7 @@ class TargetMasks:
 
 def check_attention(target: nn.Module, num_sequences: int, is_tree: bool, compile: bool) -> None:
     """Raises ValueError for what FlashAttention cannot do: it sees causally, up to the last slot that it is given."""
-    name = str(target.config._attn_implementation)
+    name = str(target.config.get_text_config(decoder=True)._attn_implementation)
     if "flash" not in name:
         return
     for what, asked in (("a draft tree", is_tree), (f"{num_sequences} sequences", num_sequences > 1),
