@@ -34,6 +34,10 @@ class DraftRule:
     is_probabilistic: bool  # a chain's tokens are samples of the drafter's distributions
     calibrates: bool  # what the target says is learned from
 
+    def widest(self, block_size: int) -> int:
+        """Slots that a round may use behind a text: a block, or an anchor and its candidates."""
+        return max(block_size, 1 + (self.num_nodes or 0))
+
 
 @dataclass(frozen=True)
 class Drafted:
@@ -52,7 +56,7 @@ def draft(
     window: Window,
     rule: DraftRule,
 ) -> Drafted:
-    """The candidates of a round. Raises nothing."""
+    """The candidates of a round."""
     return chosen(block_logits(model, target, state, cache, window), state.calibration, rule)
 
 

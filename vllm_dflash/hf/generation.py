@@ -97,8 +97,8 @@ def _prepared(model: DFlashDraftModel, target: nn.Module, prompts: Prompts, opti
     costs = None
     if options.tree_budget == AUTO:
         costs = model.costs_with(target, num_sequences, options.compile)
-    widest = max(model.block_size, 1 + (rule.num_nodes or 0))
-    capacity = max(prompts.lengths) + options.limits.max_new_tokens + 2 * model.block_size + widest + 1
+    behind = 2 * model.block_size + rule.widest(model.block_size)  # slots of rounds that go on beyond the limit
+    capacity = max(prompts.lengths) + options.limits.max_new_tokens + behind + 1
     if not options.compile:
         one_round = Round(model, target, rule, capacity)
         if options.logits_processor:

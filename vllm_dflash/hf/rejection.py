@@ -33,9 +33,11 @@ def reject(
     uniform = torch.empty_like(of_draft).uniform_(generator=sampling.generator)
     kept = (uniform * of_draft < of_target).cumprod(dim=1)  # [B, K]
     num_accepted = kept.sum(dim=1)
-    lacking = torch.cat(((probs[:, :num_drafted] - draft_probs).clamp(min=0.0), probs[:, num_drafted:]), dim=1)
     row = num_accepted[:, None, None].expand(-1, 1, probs.shape[2])
-    rest, whole = lacking.gather(1, row)[:, 0], probs.gather(1, row)[:, 0]  # [B, V]
+    whole = probs.gather(1, row)[:, 0]  # [B, V]
+    drafted = draft_probs.gather(1, row.clamp(max=num_drafted - 1))[:, 0]
+    drafted = drafted * (num_accepted < num_drafted)[:, None]  # behind a chain that was kept whole there is no draft
+    rest = (whole - drafted).clamp(min=0.0)
     rest = torch.where(rest.sum(dim=1, keepdim=True) > 0.0, rest, whole)  # equal but for rounding: nothing is lacking
     nodes = torch.arange(num_drafted, device=token_ids.device).expand_as(token_ids)
     return Walk(torch.where(kept.bool(), nodes, -1), num_accepted, sampling.sample(rest))

@@ -40,7 +40,7 @@ class Round:
     def __init__(self, model: DFlashDraftModel, target: nn.Module, rule: DraftRule, capacity: int) -> None:
         self.model, self.target, self.rule, self.sampling = model, target, rule, rule.sampling
         self.num_depths = model.block_size - 1
-        self.widest = max(model.block_size, 1 + (rule.num_nodes or 0))  # slots that a round may use behind a text
+        self.widest = rule.widest(model.block_size)
         self.processed: ProcessedChoice | None = None  # instead of `sampling`, where logits depend on the text
         self.features = TargetFeatures(target, model.target_layer_ids)
         self.masks = TargetMasks(target)
