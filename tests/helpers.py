@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
     from vllm_dflash.hf import DFlashDraftModel
+    from vllm_dflash.tree import DraftTree
 
 #: As a value of a change: leave this key out.
 ABSENT = object()
@@ -164,3 +165,24 @@ def randomise(model: Any, seed: int = 0) -> Any:
             else:
                 parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5))
     return model
+
+
+def planted_tree(right: list[list[int]], decoys: bool) -> DraftTree:
+    """Every row's right tokens one below the other, behind decoys if asked: [wrong, right], [wrong, right], ..."""
+    import torch
+
+    from vllm_dflash.tree import DraftTree
+
+    tokens, parents, depths = [], [], []
+    for row in right:
+        nodes: list[tuple[int, int, int]] = []
+        parent = -1
+        for depth, token in enumerate(row, start=1):
+            if decoys:
+                nodes.append(((token + 1) % _TARGET["vocab_size"], parent, depth))
+            nodes.append((token, parent, depth))
+            parent = len(nodes) - 1
+        for column, values in zip((tokens, parents, depths), zip(*nodes, strict=True), strict=True):
+            column.append(list(values))
+    columns = [torch.tensor(column) for column in (tokens, parents, depths)]
+    return DraftTree(*columns, torch.zeros(columns[0].shape), torch.ones(columns[0].shape, dtype=torch.bool))

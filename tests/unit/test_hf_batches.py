@@ -19,12 +19,11 @@ pytest.importorskip("transformers")
 import torch
 from transformers import BatchEncoding, PreTrainedModel, TextStreamer
 
-from tests.helpers import drafter, randomise, target, target_config
+from tests.helpers import drafter, planted_tree, randomise, target, target_config
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf import round as round_
 from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.slot_cache import SlotCache
-from vllm_dflash.tree import DraftTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,23 +94,6 @@ def greedy(model: PreTrainedModel, num_tokens: int) -> torch.Tensor:
     return model.generate(
         LEFT, attention_mask=LEFT_MASK, do_sample=False, max_new_tokens=num_tokens, pad_token_id=PAD, eos_token_id=None
     )
-
-
-def planted_tree(right: list[list[int]], decoys: bool) -> DraftTree:
-    """Every row's right tokens one below the other, behind decoys if asked: [wrong, right], [wrong, right], ..."""
-    tokens, parents, depths = [], [], []
-    for row in right:
-        nodes: list[tuple[int, int, int]] = []
-        parent = -1
-        for depth, token in enumerate(row, start=1):
-            if decoys:
-                nodes.append(((token + 1) % VOCAB, parent, depth))
-            nodes.append((token, parent, depth))
-            parent = len(nodes) - 1
-        for column, values in zip((tokens, parents, depths), zip(*nodes, strict=True), strict=True):
-            column.append(list(values))
-    columns = [torch.tensor(column) for column in (tokens, parents, depths)]
-    return DraftTree(*columns, torch.zeros(columns[0].shape), torch.ones(columns[0].shape, dtype=torch.bool))
 
 
 @pytest.fixture

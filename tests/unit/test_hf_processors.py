@@ -18,7 +18,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from tests.helpers import drafter, target
+from tests.helpers import drafter, planted_tree, target
 from vllm_dflash.hf import SpecGenerateOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +62,6 @@ def test_the_text_is_the_targets(processors: list[LogitsProcessor], tree_budget:
 @pytest.mark.parametrize("tree_budget", [None, 8], ids=["chain", "tree"])
 def test_drafts_are_accepted(tree_budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that say what the processor says: all of them, and one token more each round."""
-    from tests.unit.test_hf_batches import planted_tree
     from vllm_dflash.hf import round as round_
 
     real = round_.draft
