@@ -8,12 +8,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+#: A wider tree costs more than a step of a large model does.
+MAX_NODES = 127
+
 _FLAG = '--additional-config\'s "dflash"'
 
 
 @dataclass(frozen=True)
 class DFlashOptions:
-    """What a user may choose. Both make a block cheaper without retraining; the output stays the target's."""
+    """What a user may choose. Whatever it is, the output stays the target's."""
 
     #: "fp8": the drafter's weights become FP8 when it is loaded (model_executor/fp8_weights.py).
     draft_weights: str | None = None
@@ -21,11 +24,16 @@ class DFlashOptions:
     draft_vocab_size: int | None = None
     #: Which: token ids by frequency, or a corpus to count them in (draft_vocabulary.py). Default: the lowest ids.
     draft_vocab_file: str | None = None
+    #: Verify a tree of so many candidates instead of a chain (docs/trees.md).
+    tree: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the key and the value."""
         if self.draft_weights not in (None, "fp8"):
             raise ValueError(f'{_FLAG}: "draft_weights" must be "fp8" or absent, found {self.draft_weights!r}')
+        nodes = self.tree
+        if nodes is not None and (not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MAX_NODES):
+            raise ValueError(f'{_FLAG}: "tree" must be a number of nodes from 1 to {MAX_NODES}, found {nodes!r}')
         size = self.draft_vocab_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f'{_FLAG}: "draft_vocab_size" must be a positive integer, found {size!r}')

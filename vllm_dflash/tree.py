@@ -35,6 +35,10 @@ class DraftTree:
         """The tree of the first nodes, [R, num_nodes]: their parents are among them."""
         return DraftTree(*(column[:, :num_nodes] for column in vars(self).values()))
 
+    def rows(self, num_requests: int) -> DraftTree:
+        """The trees of the first requests."""
+        return DraftTree(*(column[:num_requests] for column in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Walk:

@@ -41,6 +41,16 @@ def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) 
     return requested
 
 
+def resolve_num_tree_nodes(num_nodes: int, requested: int | None) -> int:
+    """What vLLM's scheduler takes for K with draft trees: a slot a node. Raises ValueError where K says otherwise."""
+    if requested not in (None, num_nodes):
+        raise ValueError(
+            f'--speculative-config\'s "num_speculative_tokens" = {requested!r}, but --additional-config\'s "dflash" '
+            f'asks for a "tree" of {num_nodes} nodes, all of which are verified: leave "num_speculative_tokens" out'
+        )
+    return num_nodes
+
+
 def check_limits(num_speculative_tokens: int, max_model_len: int, drafter_max_model_len: int | None) -> None:
     """Whether a block fits the lengths asked for. Raises ValueError naming the flag."""
     if drafter_max_model_len is not None:

@@ -4,8 +4,8 @@
     python engine_child.py JOB.json RESULT.json
 
 The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens": of
-all or of each, "temperature", "concurrent": bool}]}. The result: per run the token ids and, step by step,
-how many tokens each request gained; and vLLM's counters over the whole run.
+all or of each, "temperature", "concurrent": bool, "sampling": [more SamplingParams of each]}]}. The result: per run the
+token ids and, step by step, how many tokens each request gained; and vLLM's counters over the whole run.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> tuple[l
 
     names = [f"{run['name']}-{index}" for index in range(len(prompts))]
     lengths = run["max_tokens"] if isinstance(run["max_tokens"], list) else [run["max_tokens"]] * len(prompts)
+    sampling = run.get("sampling", [{}] * len(prompts))
     for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
         params = SamplingParams(
             temperature=run.get("temperature", 0.0),
@@ -54,6 +55,7 @@ def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> tuple[l
             ignore_eos=True,
             detokenize=False,
             **({"seed": run["seed"] + index} if "seed" in run else {}),
+            **more_sampling(sampling[index]),
         )
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     token_ids: dict[str, list[int]] = {name: [] for name in names}
@@ -64,6 +66,17 @@ def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> tuple[l
             steps[name].append(len(ids) - len(token_ids[name]))
             token_ids[name] = ids
     return [token_ids[name] for name in names], [steps[name] for name in names]
+
+
+def more_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    options = dict(options)
+    if "structured_outputs" in options:
+        options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
+    if "logit_bias" in options:  # JSON's keys are strings
+        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+    return options
 
 
 def counters(llm: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_draft_load_config, initialize_model
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_dflash.compat.ownership import draft_vocabulary
+from vllm_dflash.compat.ownership import TreeShape, draft_vocabulary
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.logs import logger
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
@@ -101,10 +101,11 @@ def _is_non_causal(backend: AttentionBackendEnum) -> bool:
         return False
 
 
-def announce(dflash: DFlashConfig, runner: str, num_speculative_tokens: int) -> None:
+def announce(dflash: DFlashConfig, runner: str, num_speculative_tokens: int, tree: TreeShape | None = None) -> None:
     """Say once who drafts."""
     if is_global_first_rank():
         logger.info(
-            "vllm_dflash: drafting with DFlashProposer (%s runner), %d tokens a block of %d, drafter %s",
-            runner, num_speculative_tokens, dflash.block_size, dflash.source,
+            "vllm_dflash: drafting with DFlashProposer (%s runner), %d tokens a block of %d%s, drafter %s",
+            runner, num_speculative_tokens, dflash.block_size,
+            f", trees of {tree.num_nodes} nodes" if tree else "", dflash.source,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from vllm_dflash.validation import (
     check_limits,
     check_pair,
     resolve_num_speculative_tokens,
+    resolve_num_tree_nodes,
 )
 
 if TYPE_CHECKING:
@@ -51,15 +52,19 @@ def create_speculative_config(
         return make(self, target_model_config, target_parallel_config)
     config = DFlashConfig.from_dict(raw, source=str(user["model"]))
     options = DFlashOptions.from_additional_config(self.additional_config)
-    num_speculative_tokens = _resolve_num_speculative_tokens(config, raw, user.get("num_speculative_tokens"))
+    requested = user.get("num_speculative_tokens")
+    if options.tree is not None:
+        num_speculative_tokens = resolve_num_tree_nodes(options.tree, requested)
+    else:
+        num_speculative_tokens = _resolve_num_speculative_tokens(config, raw, requested)
     check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"))
     check_pair(config, _facts(target_model_config))
     if self.load_format != "dummy":
         check_checkpoint(config)
-    if user.get("num_speculative_tokens") != num_speculative_tokens:
+    if requested != num_speculative_tokens:
         self.speculative_config = {**(self.speculative_config or {}), "num_speculative_tokens": num_speculative_tokens}
     speculative = make(self, target_model_config, target_parallel_config)
-    claim(speculative, config, _draft_vocabulary(options, target_model_config))
+    claim(speculative, config, _draft_vocabulary(options, target_model_config), options.tree)
     return speculative
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -14,16 +14,32 @@ if TYPE_CHECKING:
 #: Set on the drafter's Hugging Face config, which travels with vLLM's configuration.
 _MARK = "drafted_by_vllm_dflash"
 _VOCABULARY = "vllm_dflash_draft_vocabulary"
+_TREE = "vllm_dflash_draft_tree"
 
 
-def claim(speculative: SpeculativeConfig, config: DFlashConfig, draft_vocabulary: Sequence[int] | None = None) -> None:
-    """Mark an engine's speculative config: this plugin drafts for it, all tokens or those of `draft_vocabulary`.
+class TreeShape(NamedTuple):
+    """How large a request's draft tree is."""
+
+    num_nodes: int  # vLLM's num_speculative_tokens
+    num_depths: int  # of the drafted block
+
+
+def claim(
+    speculative: SpeculativeConfig,
+    config: DFlashConfig,
+    draft_vocabulary: Sequence[int] | None = None,
+    num_tree_nodes: int | None = None,
+) -> None:
+    """Mark an engine's speculative config: this plugin drafts for it, all tokens or those of `draft_vocabulary`,
+    chains or trees of `num_tree_nodes`.
 
     Also says which of the target's layers to tap, where both of vLLM's runners look first, on every pipeline rank.
     """
     hf_config = speculative.draft_model_config.hf_config
     setattr(hf_config, _MARK, True)
     setattr(hf_config, _VOCABULARY, None if draft_vocabulary is None else tuple(draft_vocabulary))
+    tree = None if num_tree_nodes is None else (num_tree_nodes, min(num_tree_nodes, config.num_speculative_tokens))
+    setattr(hf_config, _TREE, tree)
     hf_config.eagle_aux_hidden_state_layer_ids = config.aux_hidden_state_layer_ids
 
 
@@ -39,3 +55,9 @@ def draft_vocabulary(vllm_config: VllmConfig) -> tuple[int, ...] | None:
     """Token ids that an engine of ours may draft, ascending; None: all."""
     chosen: tuple[int, ...] | None = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _VOCABULARY)
     return chosen
+
+
+def draft_tree(vllm_config: VllmConfig) -> TreeShape | None:
+    """The draft trees of an engine of ours; None: chains."""
+    shape = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _TREE)
+    return None if shape is None else TreeShape(*shape)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dflash.tree import DraftTree
+
 #: A slot that no kernel writes to.
 PADDING_SLOT = -1
 
@@ -92,4 +94,5 @@ class BlockInputs:
 class Drafts:
     """The drafted tokens."""
 
-    token_ids: torch.Tensor  # [R, K]
+    token_ids: torch.Tensor  # [R, K]; of trees [R, N]
+    trees: DraftTree | None = None  # what the tokens are candidates of; None: a chain

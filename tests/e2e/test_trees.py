@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft trees in vLLM's V2 runner: the token ids are those without speculation, the rounds those of `spec_generate`.
+
+Without a GPU, vLLM's kernels run in Triton's interpreter, so batches are small and texts short.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS, MAX_TOKENS, NUM_NODES = 6, 40, 15
+BASE = {"model": str(TARGET), "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8}
+RUN = {"max_tokens": MAX_TOKENS}
+SEEDED = RUN | {"name": "seeded", "temperature": 0.7, "seed": 11}
+#: Requests whose logits depend on the tokens before them, beside two that do not. `\\n` ends a line of the grammar's.
+MIXED_SAMPLING = [
+    {},
+    {"presence_penalty": 0.8, "repetition_penalty": 1.2},
+    {"structured_outputs": {"regex": "( *[a-z_]+ = [0-9]+\\n)+"}},
+    {"frequency_penalty": 0.5, "min_tokens": 8},
+    {},
+    {"logit_bias": {"31": 4.0}},
+]
+MIXED = RUN | {"name": "mixed", "sampling": MIXED_SAMPLING}
+
+
+def trees(num_nodes: int = NUM_NODES) -> dict:
+    return dflash() | {"additional_config": {"dflash": {"tree": num_nodes}}}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return held_out_prompts(NUM_PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def plain(prompts, tmp_path_factory):
+    """vLLM without speculation, on the V2 runner, whose noise is keyed by seed and position."""
+    runs = [run | {"prompts": prompts} for run in (RUN | {"name": "greedy"}, SEEDED, MIXED)]
+    llm = BASE | {"skip_tokenizer_init": False}
+    return run_engine(tmp_path_factory.mktemp("plain"), llm, runs, runner="V2")
+
+
+@pytest.fixture(scope="module")
+def treed(prompts, tmp_path_factory):
+    """The same with trees, and the first again from the prefix cache."""
+    runs = [run | {"prompts": prompts} for run in (RUN | {"name": "greedy"}, RUN | {"name": "cached"}, SEEDED, MIXED)]
+    llm = BASE | trees() | {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
+    return run_engine(tmp_path_factory.mktemp("trees"), llm, runs, runner="V2")
+
+
+def drafted(run) -> bool:
+    """Guards against a vacuous pass: many tokens must have come from accepted candidates."""
+    return run.counters["vllm:spec_decode_num_accepted_tokens"] > sum(map(len, run.token_ids)) / 2
+
+
+def oracle_rounds(prompts, num_nodes):
+    """Every round's acceptance length of `spec_generate` on Transformers, fp32."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_dflash.hf import DFlashDraftModel
+
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    draft = DFlashDraftModel.from_pretrained(str(DRAFTER), dtype=torch.float32).eval()
+    options = {"target": target, "max_new_tokens": MAX_TOKENS, "return_stats": True, "tree_budget": num_nodes}
+    return [draft.spec_generate(input_ids=torch.tensor([prompt]), **options).acceptance_lengths for prompt in prompts]
+
+
+def assert_oracle_rounds(run, rounds):
+    for index, (steps, expected) in enumerate(zip(run.step_lengths, rounds, strict=True)):
+        # vLLM's first step is the prefill's own token; its last round is cut at max_tokens.
+        assert steps[1:-1] == expected[:-1], f"prompt {index}"
+
+
+def test_same_tokens_as_without_speculation(treed, plain):
+    assert drafted(treed["greedy"])
+    assert treed["greedy"].token_ids == plain["greedy"].token_ids
+
+
+def test_same_rounds_as_the_oracle(treed, prompts):
+    assert_oracle_rounds(treed["greedy"], oracle_rounds(prompts, NUM_NODES))
+
+
+def test_prefix_cache_hit(treed, plain):
+    """What the cache holds are the accepted rows, moved to their places."""
+    assert treed["cached"].counters["vllm:prefix_cache_hits"] > 0
+    assert treed["cached"].token_ids == plain["greedy"].token_ids
+
+
+def test_same_samples_as_without_speculation(treed, plain):
+    """Token for token: the noise is keyed by seed and position, and the target is sampled at every node."""
+    assert treed["seeded"].counters["vllm:spec_decode_num_accepted_tokens"] > NUM_PROMPTS
+    assert treed["seeded"].token_ids == plain["seeded"].token_ids
+    assert plain["seeded"].token_ids != plain["greedy"].token_ids
+
+
+def test_chains_in_a_batch_of_trees(treed, plain):
+    """Penalties and grammars see the tokens before them, so their requests run as chains beside the trees."""
+    assert drafted(treed["mixed"])
+    assert treed["mixed"].token_ids == plain["mixed"].token_ids
+    for index in (1, 2, 3, 5):
+        assert plain["mixed"].token_ids[index] != plain["greedy"].token_ids[index], f"request {index} is not special"
+
+
+def test_chunked_prefill(prompts, plain, tmp_path):
+    """Prompts in pieces, mixed with a request that verifies a tree."""
+    run = RUN | {"name": "chunked", "prompts": prompts[:4]}
+    llm = BASE | trees() | {"max_num_batched_tokens": 40, "max_num_seqs": 2, "enable_prefix_caching": False}
+    chunked = run_engine(tmp_path, llm, [run], runner="V2")["chunked"]
+    assert chunked.token_ids == plain["greedy"].token_ids[:4]
+    assert_oracle_rounds(chunked, oracle_rounds(prompts[:4], NUM_NODES))
+
+
+def test_preemption(prompts, plain, tmp_path):
+    """A cache far too small for the batch, and a limit of length that cuts trees to their first nodes."""
+    run = RUN | {"name": "preempted", "prompts": prompts}
+    longest = max(map(len, prompts)) + MAX_TOKENS
+    llm = BASE | trees() | {"num_gpu_blocks_override": 13, "block_size": 32, "max_model_len": longest}
+    preempted = run_engine(tmp_path, llm, [run], runner="V2")["preempted"]
+    assert preempted.counters["vllm:num_preemptions"] > 0
+    assert drafted(preempted)
+    assert preempted.token_ids == plain["greedy"].token_ids
+
+
+def test_nodes_by_batch_size(prompts, plain, tmp_path):
+    """vLLM's dynamic speculation cuts trees to their first nodes, or to none."""
+    lengths = [16, 16, MAX_TOKENS, MAX_TOKENS]
+    runs = [RUN | {"name": "run", "prompts": prompts[:4], "max_tokens": lengths}]
+    llm = BASE | trees()
+    llm["speculative_config"]["num_speculative_tokens_per_batch_size"] = [[1, 2, 6], [3, 8, 0]]
+    got = run_engine(tmp_path, llm, runs, runner="V2")["run"]
+    assert got.token_ids == [ids[:length] for ids, length in zip(plain["greedy"].token_ids, lengths, strict=False)]
+    for steps in got.step_lengths[:2]:
+        assert max(steps) == 1
+    for steps in got.step_lengths[2:]:
+        assert set(steps[:12]) == {1} and max(steps[16:]) > 1

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trees that requests are to verify, by row of the runner's state: drafted in one step, read in the next.
+
+Letters: S rows of the state, R requests of a step, N nodes, D depths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_dflash.compat.ownership import TreeShape
+from vllm_dflash.tree import ROOT, DraftTree, ancestor_mask
+
+
+@dataclass(frozen=True)
+class TreeStep:
+    """What the target's attention needs of a step that verifies trees."""
+
+    ancestors: torch.Tensor  # [R, 1+N, 1+N] bool: which rows of a verification see which
+    depths: torch.Tensor  # [R, 1+N]; 0: the root
+    num_drafts: np.ndarray  # [R] on the host; candidates scheduled, the first ones of N
+
+
+class TreeStore:
+    """Fixed memory for one tree a request, without its tokens: these are the runner's draft tokens."""
+
+    def __init__(self, max_num_reqs: int, shape: TreeShape, device: torch.device) -> None:
+        self.shape = shape
+        nodes = (max_num_reqs, shape.num_nodes)
+        self.parents = torch.full(nodes, ROOT, dtype=torch.int64, device=device)  # [S, N]
+        self.depths = torch.ones(nodes, dtype=torch.int64, device=device)  # [S, N]
+        self.is_node = torch.zeros(nodes, dtype=torch.bool, device=device)  # [S, N]
+        # Which of the verified rows were accepted, the root's being 0: [S, D], anything behind the last one.
+        self.way = torch.zeros(max_num_reqs, shape.num_depths, dtype=torch.int64, device=device)
+        self.as_chain = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)  # [S]
+        self.step: TreeStep | None = None  # None: no request verifies anything
+
+    def begin(self, state_index: int, as_chain: bool) -> None:
+        """A request takes this row. What its earlier owner drafted is not its own."""
+        self.parents[state_index] = ROOT
+        self.depths[state_index] = 1
+        self.is_node[state_index] = False
+        self.as_chain[state_index] = as_chain
+
+    def keep(
+        self,
+        idx_mapping: torch.Tensor,  # [R] state row of each request
+        trees: DraftTree,
+    ) -> None:
+        """These are verified next."""
+        rows = idx_mapping.long()
+        self.parents[rows], self.depths[rows], self.is_node[rows] = trees.parents, trees.depths, trees.is_node
+
+    def read(
+        self,
+        idx_mapping: torch.Tensor,  # [R]
+        token_ids: torch.Tensor,  # [R, N]
+        is_scheduled: torch.Tensor,  # [R, N] bool
+    ) -> DraftTree:
+        """The trees of these requests. Their log-probabilities are not kept."""
+        rows = idx_mapping.long()
+        zeros = torch.zeros_like(token_ids, dtype=torch.float32)
+        return DraftTree(token_ids, self.parents[rows], self.depths[rows], zeros, self.is_node[rows] & is_scheduled)
+
+    def row_depths(
+        self,
+        state_rows: torch.Tensor,  # [L] state row of each verified row's request
+        local_rows: torch.Tensor,  # [L] its place in the verification; 0: the root
+    ) -> torch.Tensor:
+        """How far behind the root each row's token is, [L]."""
+        depths = self.depths[state_rows.long(), (local_rows - 1).clamp(min=0).long()]
+        return torch.where(local_rows == 0, 0, depths)
+
+    def begin_step(
+        self,
+        idx_mapping: torch.Tensor,  # [R]
+        num_drafts: np.ndarray | None,  # [R] on the host
+    ) -> None:
+        """Say what the next forward verifies."""
+        if num_drafts is None or not num_drafts.any():
+            self.step = None
+            return
+        rows = idx_mapping.long()
+        parents, depths = self.parents[rows], self.depths[rows]
+        no_tokens = torch.zeros_like(parents)
+        tree = DraftTree(no_tokens, parents, depths, no_tokens.float(), self.is_node[rows])
+        root = torch.zeros_like(depths[:, :1])
+        self.step = TreeStep(
+            ancestor_mask(tree, self.shape.num_depths), torch.cat((root, depths), dim=1), num_drafts.copy()
+        )

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits of a block -> a draft tree for each request, of the same number of nodes each.
+
+Letters: R requests, K depths, V vocabulary, N nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_dflash.tree import ROOT, DraftTree, build_tree
+
+
+def drafted_trees(
+    logits: torch.Tensor,  # [R, K, V]; -inf: cannot be drafted
+    as_chain: torch.Tensor,  # [R] bool
+    num_nodes: int,  # N <= V
+) -> DraftTree:
+    """The likeliest N continuations, or where it has to be a chain, the likeliest token at each depth."""
+    logits = logits.float()
+    choices, token_ids = logits.topk(num_nodes, dim=-1)
+    trees = build_tree(choices - logits.logsumexp(dim=-1, keepdim=True), token_ids, num_nodes)
+    chains = padded_chain(token_ids[:, :, 0], num_nodes)
+    pairs = zip(vars(chains).values(), vars(trees).values(), strict=True)
+    return DraftTree(*(torch.where(as_chain[:, None], of_chain, of_tree) for of_chain, of_tree in pairs))
+
+
+def padded_chain(
+    token_ids: torch.Tensor,  # [R, K]
+    num_nodes: int,  # N
+) -> DraftTree:
+    """A tree of one branch, cut to N nodes or filled up with what is no node. Its log-probabilities are zeros."""
+    num_depths = min(token_ids.shape[1], num_nodes)
+    nodes = torch.arange(num_nodes, device=token_ids.device).expand(len(token_ids), -1)
+    is_node = nodes < num_depths
+    tokens = torch.zeros_like(nodes)
+    tokens[:, :num_depths] = token_ids[:, :num_depths]
+    return DraftTree(
+        token_ids=tokens,
+        parents=torch.where(is_node, nodes - 1, ROOT),
+        depths=torch.where(is_node, nodes + 1, 1),
+        log_probs=torch.zeros_like(nodes, dtype=torch.float32),
+        is_node=is_node,
+    )
