@@ -42,6 +42,25 @@ def install() -> None:
     from triton.backends import Backend, backends
 
     backends["cpu"] = Backend(compiler=None, driver=StandInDriver)
+    _accept_integer_masks()
+
+
+def _accept_integer_masks() -> None:
+    """The interpreter keeps some results of `&` as integers, which its loads and stores refuse for a mask."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *options: Any) -> Any:
+        return load(self, ptrs, as_bool(mask), *options)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+        return store(self, ptrs, value, as_bool(mask), cache_policy)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = masked_load, masked_store
 
 
 def _is_installed() -> bool:

@@ -35,6 +35,11 @@ class DraftTree:
         """The tree of the first nodes, [R, num_nodes]: their parents are among them."""
         return DraftTree(*(column[:, :num_nodes] for column in vars(self).values()))
 
+    def overwrite(self, trees: DraftTree) -> None:
+        """Replace the trees of the first requests."""
+        for mine, theirs in zip(vars(self.rows(len(trees.parents))).values(), vars(trees).values(), strict=True):
+            mine.copy_(theirs)
+
     def rows(self, num_requests: int) -> DraftTree:
         """The trees of the first requests."""
         return DraftTree(*(column[:num_requests] for column in vars(self).values()))

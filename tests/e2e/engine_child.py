@@ -74,8 +74,6 @@ def more_sampling(options: dict[str, Any]) -> dict[str, Any]:
     options = dict(options)
     if "structured_outputs" in options:
         options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
-    if "logit_bias" in options:  # JSON's keys are strings
-        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
     return options
 
 

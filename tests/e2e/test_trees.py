@@ -24,7 +24,7 @@ MIXED_SAMPLING = [
     {"structured_outputs": {"regex": "( *[a-z_]+ = [0-9]+\\n)+"}},
     {"frequency_penalty": 0.5, "min_tokens": 8},
     {},
-    {"logit_bias": {"31": 4.0}},
+    {"repetition_penalty": 1.5},
 ]
 MIXED = RUN | {"name": "mixed", "sampling": MIXED_SAMPLING}
 
@@ -101,8 +101,9 @@ def test_same_samples_as_without_speculation(treed, plain):
 
 def test_chains_in_a_batch_of_trees(treed, plain):
     """Penalties and grammars see the tokens before them, so their requests run as chains beside the trees."""
-    assert drafted(treed["mixed"])
     assert treed["mixed"].token_ids == plain["mixed"].token_ids
+    for index, steps in enumerate(treed["mixed"].step_lengths):
+        assert max(steps) > 1, f"no candidate of request {index} was accepted"
     for index in (1, 2, 3, 5):
         assert plain["mixed"].token_ids[index] != plain["greedy"].token_ids[index], f"request {index} is not special"
 

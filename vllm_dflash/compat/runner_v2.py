@@ -34,8 +34,7 @@ from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import AnchorSource, BlockInputs, DFlashProposer, Drafts, StepInputs
 from vllm_dflash.proposer.sampling import Sampler, greedy_drafts, mask_rows
 from vllm_dflash.proposer.staging import StagedStep, StagingLimits
-from vllm_dflash.proposer.trees import drafted_trees
-from vllm_dflash.tree import DraftTree
+from vllm_dflash.proposer.trees import drafted_trees, empty_trees
 
 
 class V2Adapter(DraftModelSpeculator):
@@ -50,7 +49,8 @@ class V2Adapter(DraftModelSpeculator):
         self.num_verified_rows = 1 + self.num_speculative_steps
         self.num_query_per_req = 1 + (self.tree.num_depths if self.tree else self.num_speculative_steps)
         self.trees: TreeStore | None = None
-        self.drafted_trees: DraftTree | None = None  # of all requests, in the order of the batch
+        if self.tree:  # in fixed memory, in the order of the batch
+            self.drafted_trees = empty_trees(self.max_num_reqs, self.tree.num_nodes, device)
         self.graphs: DraftGraphs | None = None
         self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
 
@@ -194,8 +194,7 @@ class V2Adapter(DraftModelSpeculator):
             block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
             self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
-        if self.trees is not None and not dummy_run:
-            assert self.drafted_trees is not None
+        if self.trees is not None and num_speculative_tokens != 0 and not dummy_run:
             self.trees.keep(input_batch.idx_mapping, self.drafted_trees.rows(num_reqs))
         return self.draft_tokens[:num_reqs]
 
@@ -347,7 +346,7 @@ class V2Adapter(DraftModelSpeculator):
     def _keep(self, drafts: Drafts) -> None:
         self.draft_tokens[: drafts.token_ids.shape[0]].copy_(drafts.token_ids)
         if drafts.trees is not None:
-            self.drafted_trees = drafts.trees
+            self.drafted_trees.overwrite(drafts.trees)
 
     def _max_context_rows(self) -> int:
         return max(self.max_num_tokens, self._num_graph_context_rows(self.max_num_reqs))

@@ -42,3 +42,8 @@ def padded_chain(
         log_probs=torch.zeros_like(nodes, dtype=torch.float32),
         is_node=is_node,
     )
+
+
+def empty_trees(num_requests: int, num_nodes: int, device: torch.device) -> DraftTree:
+    """Trees [num_requests, num_nodes] without a node."""
+    return padded_chain(torch.zeros(num_requests, 0, dtype=torch.int64, device=device), num_nodes)
