@@ -28,7 +28,7 @@ def complaint(**options: Any) -> str:
 )
 def test_no_options(additional_config: Any) -> None:
     options = DFlashOptions.from_additional_config(additional_config)
-    assert (options.draft_weights, options.draft_vocab_size, options.draft_vocab_file) == (None, None, None)
+    assert options == DFlashOptions(draft_weights=None, draft_vocab_size=None, draft_vocab_file=None, tree=None)
 
 
 def test_all_options(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_each_option_stands_alone(options: dict[str, Any]) -> None:
 def test_unknown_options_are_all_named() -> None:
     message = complaint(nope=1, budget_=2)
     assert f"{FLAG} has unknown key(s) ['budget_', 'nope']" in message
-    assert "['draft_vocab_file', 'draft_vocab_size', 'draft_weights']" in message
+    assert "['draft_vocab_file', 'draft_vocab_size', 'draft_weights', 'tree']" in message
 
 
 def test_an_unknown_option_is_not_hidden_by_a_known_one() -> None:
@@ -106,3 +106,16 @@ def test_draft_vocab_file_that_is_a_directory(tmp_path: Path) -> None:
 def test_draft_vocab_file_that_is_no_path(value: Any) -> None:
     message = complaint(draft_vocab_size=512, draft_vocab_file=value)
     assert f'{FLAG}: "draft_vocab_file" = {value!r} is not a file' in message
+
+
+# Trees.
+
+
+@pytest.mark.parametrize("nodes", [1, 31, 127])
+def test_a_tree_has_so_many_nodes(nodes: int) -> None:
+    assert parse(tree=nodes).tree == nodes
+
+
+@pytest.mark.parametrize("nodes", [0, 128, -1, True, 2.5, "31", "auto"])
+def test_a_tree_of_what(nodes: Any) -> None:
+    assert f'{FLAG}: "tree" must be a number of nodes from 1 to 127, found {nodes!r}' in complaint(tree=nodes)
