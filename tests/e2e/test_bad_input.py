@@ -28,6 +28,7 @@ class Case:
     name: str
     speculative: dict
     expected: tuple[str, ...]
+    flags: tuple[str, ...] = ()
 
 
 def edited_drafter(folder: Path, **changes) -> Path:
@@ -51,6 +52,7 @@ def cases(folder: Path) -> list[Case]:
     weights.write_bytes(weights.read_bytes()[:100_000])
     empty = folder / "empty"
     empty.mkdir()
+    tree = json.dumps({"dflash": {"tree": 31}})
     return [
         Case("zero", {"model": str(DRAFTER), "num_speculative_tokens": 0}, ("num_speculative_tokens", "0")),
         Case("sixteen", {"model": str(DRAFTER), "num_speculative_tokens": 16}, ("num_speculative_tokens", "16", "15")),
@@ -58,6 +60,7 @@ def cases(folder: Path) -> list[Case]:
         Case("other_width", {"model": str(other)}, ("target_hidden_size", "4096", "192")),
         Case("no_config", {"model": str(empty)}, ("config.json", str(empty))),
         Case("truncated", {"model": str(truncated)}, ("model.safetensors",)),
+        Case("tree", {"model": str(DRAFTER)}, ("tree", "VLLM_USE_V2_MODEL_RUNNER"), ("--additional-config", tree)),
     ]  # fmt: skip
 
 
@@ -74,7 +77,7 @@ def serve(case: Case) -> Outcome:
     """Start a server in a session of its own, so that whatever it leaves behind can be found."""
     speculative = json.dumps({"method": "dflash"} | case.speculative)
     process = subprocess.Popen(
-        [VLLM, "serve", str(TARGET), "--speculative-config", speculative],
+        [VLLM, "serve", str(TARGET), "--speculative-config", speculative, *case.flags],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -95,7 +98,7 @@ def outcomes(tmp_path_factory):
         return {case.name: (case, outcome) for case, outcome in zip(listed, pool.map(serve, listed), strict=True)}
 
 
-@pytest.mark.parametrize("name", ["zero", "sixteen", "beyond", "other_width", "no_config", "truncated"])
+@pytest.mark.parametrize("name", ["zero", "sixteen", "beyond", "other_width", "no_config", "truncated", "tree"])
 def test_clear_error_and_clean_exit(name, outcomes):
     case, outcome = outcomes[name]
     assert outcome.returncode != 0

@@ -28,7 +28,7 @@ from tests.helpers import (
     write_drafter,
 )
 from vllm_dflash.compat import engine_args as engine_args_module
-from vllm_dflash.compat.ownership import drafts_here
+from vllm_dflash.compat.ownership import draft_tree, drafts_here
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,42 @@ def test_k_beyond_the_block_is_refused(target: str, drafter: str, given: int) ->
 def test_k_that_is_no_number_of_tokens_is_refused(target: str, drafter: str, given: Any) -> None:
     message = complaint(target, drafter, num_speculative_tokens=given)
     assert f'"num_speculative_tokens" must be a positive integer, found {given!r}' in message
+
+
+# Trees: a slot of the scheduler for each node.
+
+
+def treed(target: str, drafter: str, num_nodes: int, **config: Any) -> SpeculativeConfig:
+    """The speculative config alone: an engine needs the V2 runner, which needs Triton."""
+    config = {"method": "dflash", "model": drafter} | config
+    args = engine_args(target, speculative_config=config, additional_config={"dflash": {"tree": num_nodes}})
+    made = args.create_speculative_config(args.create_model_config(), ParallelConfig())
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize(("num_nodes", "num_depths"), [(31, 15), (6, 6)])
+def test_a_tree_says_how_many_tokens_are_verified(target: str, drafter: str, num_nodes: int, num_depths: int) -> None:
+    config = treed(target, drafter, num_nodes)
+    assert config.num_speculative_tokens == num_nodes
+    assert draft_tree(SimpleNamespace(speculative_config=config)) == (num_nodes, num_depths)
+
+
+def test_chains_have_no_tree(target: str, drafter: str) -> None:
+    assert draft_tree(SimpleNamespace(speculative_config=speculative(target, drafter))) is None
+
+
+def test_a_tree_and_another_number_of_tokens(target: str, drafter: str) -> None:
+    assert treed(target, drafter, 31, num_speculative_tokens=31).num_speculative_tokens == 31
+    with pytest.raises(ValueError, match='"num_speculative_tokens" = 15.* "tree" of 31 nodes'):
+        treed(target, drafter, 31, num_speculative_tokens=15)
+
+
+def test_a_tree_needs_the_v2_runner(target: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    message = complaint(target, drafter, additional_config={"dflash": {"tree": 31}})
+    assert '"tree" needs' in message
+    assert "VLLM_USE_V2_MODEL_RUNNER=1" in message
 
 
 # The --spec-* flags.

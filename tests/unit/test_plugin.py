@@ -145,7 +145,10 @@ def test_only_claimed_engines_are_ours() -> None:
 
 def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "_originals", {})
-    runner = SimpleNamespace(init_speculator=lambda *arguments: ("vLLM's", arguments))
+    runner = SimpleNamespace(
+        init_speculator=lambda *arguments: ("vLLM's", arguments),
+        init_model_state=lambda *arguments: ("vLLM's", arguments),
+    )
     monkeypatch.setitem(
         sys.modules, "vllm_dflash.compat.runner_v2", SimpleNamespace(V2Adapter=lambda *given: ("ours", given))
     )
@@ -154,6 +157,25 @@ def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytes
     ownership.claim(claimed.speculative_config, DRAFTER)
     assert runner.init_speculator(other, "cuda", "states") == ("vLLM's", (other, "cuda", "states"))
     assert runner.init_speculator(claimed, "cuda", "states") == ("ours", (claimed, "cuda"))
+
+
+def test_targets_of_trees_alone_get_a_state_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    theirs = lambda *arguments: ("vLLM's", arguments)  # noqa: E731
+    runner = SimpleNamespace(init_speculator=theirs, init_model_state=theirs)
+    checked: list[Any] = []
+    ours = SimpleNamespace(
+        TreeModelState=lambda *given: ("ours", given), check_target_state=lambda *g: checked.append(g)
+    )
+    monkeypatch.setitem(sys.modules, "vllm_dflash.compat.trees.model_state", ours)
+    select_v2.install(runner)  # type: ignore[arg-type]
+    other, chained, treed = engine("dflash"), engine("dflash"), engine("dflash")
+    ownership.claim(chained.speculative_config, DRAFTER)
+    ownership.claim(treed.speculative_config, DRAFTER, num_tree_nodes=2)
+    for config in (other, chained):
+        assert runner.init_model_state(config, "model", None, "cuda") == ("vLLM's", (config, "model", None, "cuda"))
+    assert runner.init_model_state(treed, "model", None, "cuda") == ("ours", (treed, "model", None, "cuda", (2, 2)))
+    assert checked == [(treed, "model")]
 
 
 # Patching.

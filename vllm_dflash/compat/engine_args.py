@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where an engine's speculative config is made: defaults and checks of a DFlash pair, before anything starts.
 
-Patch: `EngineArgs.create_speculative_config`. Reason: vLLM has no default for K with dflash, never reads the drafter's
-block size, and checks nothing of the pair. Added: K from the checkpoint, and errors in the user's terms. Removable
-when vLLM lets a plugin validate a speculative config.
+Patches: `EngineArgs.create_speculative_config` and `create_engine_config`. Reason: vLLM has no default for K with
+dflash, never reads the drafter's block size, and checks nothing of the pair. Added: K from the checkpoint, and errors
+in the user's terms. Removable when vLLM lets a plugin validate a configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
-from vllm_dflash.compat.ownership import claim
+from vllm_dflash.compat.ownership import claim, draft_tree, drafts_here
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
 from vllm_dflash.logs import logger
@@ -27,13 +27,14 @@ from vllm_dflash.validation import (
 )
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 
 def install(arg_utils: ModuleType) -> None:
     """Patch `vllm.engine.arg_utils`."""
     patching.replace(arg_utils.EngineArgs, "create_speculative_config", create_speculative_config)
+    patching.replace(arg_utils.EngineArgs, "create_engine_config", create_engine_config)
 
 
 def create_speculative_config(
@@ -66,6 +67,19 @@ def create_speculative_config(
     speculative = make(self, target_model_config, target_parallel_config)
     claim(speculative, config, _draft_vocabulary(options, target_model_config), options.tree)
     return speculative
+
+
+def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+    """vLLM's method, with a check of what only the whole configuration tells. Same signature."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_config: VllmConfig = patching.original(EngineArgs, "create_engine_config")(self, *args, **kwargs)
+    if drafts_here(vllm_config) and draft_tree(vllm_config) and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 model runner, but this engine has the V1 runner: '
+            "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment, or leave it out"
+        )
+    return vllm_config
 
 
 def _user_config(args: EngineArgs) -> dict[str, Any]:

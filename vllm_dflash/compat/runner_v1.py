@@ -15,7 +15,6 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.compat.draft_attention import DraftAttention
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
-from vllm_dflash.compat.ownership import draft_tree
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import BlockInputs, DFlashProposer, StepInputs
@@ -127,11 +126,6 @@ class V1Adapter(SpecDecodeBaseProposer):
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Options of vLLM's that the V1 adapter cannot honour. Raises ValueError naming the flag."""
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    if draft_tree(vllm_config) is not None:
-        raise ValueError(
-            '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 runner: set VLLM_USE_V2_MODEL_RUNNER=1, or leave '
-            "it out"
-        )
     for flag, size in (
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
