@@ -19,6 +19,7 @@ from functools import cache
 import torch
 
 ROOT = -1  # the parent of depth 1: the anchor
+WORD_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,17 @@ def ancestor_mask(
         mask = (wide @ wide) > 0
         reach *= 2
     return mask
+
+
+def packed_mask(
+    mask: torch.Tensor,  # [..., M] bool
+) -> torch.Tensor:
+    """A bit for each entry, [..., ceil(M / 32)] int32: entry j is bit j % 32 of word j // 32."""
+    num_words = -(-mask.shape[-1] // WORD_BITS)
+    padded = torch.nn.functional.pad(mask, (0, num_words * WORD_BITS - mask.shape[-1]))
+    weights = 1 << torch.arange(WORD_BITS, device=mask.device)
+    words = (padded.unflatten(-1, (num_words, WORD_BITS)) * weights).sum(dim=-1)
+    return torch.where(words >= 1 << (WORD_BITS - 1), words - (1 << WORD_BITS), words).int()
 
 
 def walk(

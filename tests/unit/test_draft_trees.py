@@ -22,7 +22,7 @@ from vllm_dflash.compat.trees.attention import visible_slots
 from vllm_dflash.compat.trees.compaction import AcceptedRows
 from vllm_dflash.compat.trees.model_state import depends_on_path
 from vllm_dflash.compat.trees.sampler import TreeSampler
-from vllm_dflash.compat.trees.store import TreeStep, TreeStore
+from vllm_dflash.compat.trees.store import TreeStore
 from vllm_dflash.proposer.trees import drafted_trees, empty_trees, padded_chain
 from vllm_dflash.tree import ROOT, DraftTree
 
@@ -115,52 +115,43 @@ def test_depths_of_rows() -> None:
     assert depths.tolist() == [0, *DEPTHS, 0]
 
 
-def test_who_sees_whom_in_a_step() -> None:
+def begin_step(trees: TreeStore, state_rows: list[int], rows: list[int], num_logits: list[int]) -> None:
+    """A step of requests with so many rows, of which so many verify."""
+    query_start_loc = torch.tensor([0, *np.cumsum(rows)])
+    cu_num_logits = torch.tensor([0, *np.cumsum(num_logits)])
+    trees.begin_step(torch.tensor(state_rows), query_start_loc, cu_num_logits, np.array(num_logits) - 1)
+
+
+def test_what_a_step_verifies() -> None:
     trees = store(kept_at=2)
-    trees.begin_step(torch.tensor([2]), np.array([5]))
-    assert trees.step is not None
-    assert trees.step.ancestors[0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 0, 1, 0, 0, 0],
-        [1, 0, 1, 1, 0, 0],
-        [1, 0, 1, 0, 1, 0],
-        [1, 0, 1, 0, 1, 1],
-    ]
-    assert trees.step.depths.tolist() == [[0, *DEPTHS]]
-    for no_drafts in (None, np.array([0])):
-        trees.begin_step(torch.tensor([2]), no_drafts)
-        assert trees.step is None
+    begin_step(trees, [0, 2], rows=[3, 8], num_logits=[1, 6])
+    step = trees.step
+    assert step is not None
+    # Bit 0 is the root: 10 sees 1 and 0, 11 2 and 0, 20 those and 3, 21 instead of it 4, 30 those and 5.
+    assert step.ancestor_words[1, :, 0].tolist() == [0b1, 0b11, 0b101, 0b1101, 0b10101, 0b110101]
+    assert step.depths[1].tolist() == [0, *DEPTHS]
+    assert step.first_rows.tolist() == [2, 5]
+    assert step.num_rows.tolist() == [0, 6]
+    assert step.num_drafts.tolist() == [0, 5]
 
 
-# Attention.
-
-
-def a_step(num_drafts: int) -> TreeStep:
+def test_a_step_that_verifies_nothing() -> None:
     trees = store(kept_at=2)
-    trees.begin_step(torch.tensor([2]), np.array([num_drafts]))
-    assert trees.step is not None
-    return trees.step
+    begin_step(trees, [2], rows=[6], num_logits=[6])
+    begin_step(trees, [2], rows=[1], num_logits=[1])
+    assert trees.step is None
+    trees.begin_step(torch.tensor([2]), torch.tensor([0, 4]), torch.tensor([0, 1]), None)
+    assert trees.step is None
 
 
-def test_a_prompt_sees_what_is_before_it() -> None:
-    assert visible_slots(2, 4, None, 0, -1).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+def test_a_row_sees_what_is_before_it() -> None:
+    assert visible_slots(torch.tensor([2, 3]), 4, -1).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert visible_slots(torch.tensor([3, 4, 4, 6]), 3, -1).all()
 
 
-def test_candidates_see_the_prefix_and_their_ancestors() -> None:
-    visible = visible_slots(4, 6, a_step(3), 0, -1)  # two slots of prefix, the root, nodes 10, 11 and 20
-    assert visible.int().tolist() == [
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 1, 0],
-        [1, 1, 1, 0, 1, 1],
-    ]
-
-
-def test_a_window_counts_positions_not_slots() -> None:
-    visible = visible_slots(6, 8, a_step(5), 0, 3)  # 30 is three behind the root, in slot 7
-    assert visible[5].int().tolist() == [0, 0, 0, 0, 1, 0, 1, 1]
-    assert visible[1].int().tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+def test_a_window_counts_positions() -> None:
+    visible = visible_slots(torch.tensor([4, 5, 5, 6]), 4, 3)
+    assert visible.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 # The target's way.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 import torch
 
-from vllm_dflash.tree import DraftTree, ancestor_mask, build_tree, chain, chain_mask, walk
+from vllm_dflash.tree import DraftTree, ancestor_mask, build_tree, chain, chain_mask, packed_mask, walk
 
 Prefix = tuple[int, ...]  # ranks of the chosen tokens
 
@@ -202,3 +202,20 @@ def test_the_first_nodes_are_the_smaller_tree() -> None:
     large, small = build_tree(log_probs, token_ids, 20), build_tree(log_probs, token_ids, 7)
     for name, column in vars(large.first(7)).items():
         assert torch.equal(column, getattr(small, name)), name
+
+
+# Packing.
+
+
+def test_bits_by_hand() -> None:
+    mask = torch.zeros(2, 34, dtype=torch.bool)
+    mask[0, [0, 2, 33]] = True
+    mask[1, 31] = True
+    assert packed_mask(mask).tolist() == [[5, 2], [-(2**31), 0]]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=140))
+def test_every_bit_comes_back(bits: list[bool]) -> None:
+    words = packed_mask(torch.tensor(bits)).tolist()
+    assert len(words) == math.ceil(len(bits) / 32)
+    assert [bool(words[place // 32] >> (place % 32) & 1) for place in range(len(bits))] == bits

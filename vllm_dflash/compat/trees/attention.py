@@ -2,9 +2,9 @@
 """Attention of a target's layers over a prefix and a tree: a candidate sees the prefix, its ancestors and itself.
 
 On a CPU, vLLM's kernel knows no such mask, and packs its K/V by instruction set. So these layers lay out their K/V as
-on a GPU, row by row, and attention is PyTorch's.
+on a GPU, row by row, and attention to the prefix is PyTorch's. The rest is the same kernel as anywhere.
 
-Letters: T rows of the step, R requests, Q rows of a request, S slots of one, N nodes.
+Letters: T rows of the step, R requests, Q rows of a request, S slots of one.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from vllm_dflash.compat.trees.store import TreeStep, TreeStore
+from vllm_dflash.compat.trees.store import TreeStore
+from vllm_dflash.kernels.tree_attention import merge_tree_attention
 
 _FLAG = '--additional-config\'s "dflash": "tree"'
 
@@ -35,6 +35,8 @@ def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
             "a soft cap": bool(impl.logits_soft_cap),
             "a quantized KV cache": impl.is_fp8_kv_cache,
             "another layer's K/V": impl.kv_sharing_target_layer_name is not None,
+            # Then candidates would have to be hidden from each other by their distance.
+            f"a window of {impl.sliding_window} rows": 0 <= impl.sliding_window <= trees.shape.num_depths,
         }
         found = [what for what, is_there in without.items() if is_there]
         if found:
@@ -78,22 +80,54 @@ class CPUTreeAttention(CPUAttentionBackendImpl):
         """Attention over the cached rows, request by request."""
         if attn_metadata is None:  # warm-up
             return output
+        step = self.trees.step
+        lse = torch.full((self.num_heads, len(query)), float("-inf"))
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
         for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
-            if end == start:
-                continue
+            num_tree_rows = 0 if step is None or not step.num_drafts[index] else 1 + int(step.num_drafts[index])
+            root = end - num_tree_rows
+            prefix = lengths[index] - num_tree_rows
             keys, values = self._cached(kv_cache, attn_metadata.block_table[index], lengths[index])
-            visible = visible_slots(end - start, lengths[index], self.trees.step, index, self.sliding_window)
-            out = F.scaled_dot_product_attention(
-                query[start:end].transpose(0, 1)[None],
-                keys[None],
-                values[None],
-                attn_mask=visible,
-                scale=self.scale,
-                enable_gqa=True,
+            if start < root:
+                causal = visible_slots(torch.arange(prefix - (root - start), prefix), prefix, self.sliding_window)
+                self._attend(query, output, lse, slice(start, root), keys[:, :prefix], values[:, :prefix], causal)
+            if step is not None and root < end:
+                positions = prefix + step.depths[index, :num_tree_rows]
+                before = visible_slots(positions, prefix, self.sliding_window)
+                self._attend(query, output, lse, slice(root, end), keys[:, :prefix], values[:, :prefix], before)
+        if step is not None:
+            merge_tree_attention(
+                output.view(len(query), self.num_heads, -1),
+                lse,
+                query,
+                key,
+                value,
+                step.ancestor_words,
+                step.first_rows,
+                step.num_rows,
+                self.scale,
             )
-            output[start:end].view(end - start, self.num_heads, -1).copy_(out[0].transpose(0, 1))
         return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,  # [T, heads, D]
+        output: torch.Tensor,  # [T, heads, D]
+        lse: torch.Tensor,  # [heads, T] fp32
+        rows: slice,  # Q of the T
+        keys: torch.Tensor,  # [K/V heads, S, D]
+        values: torch.Tensor,  # [K/V heads, S, D]
+        visible: torch.Tensor,  # [Q, S] bool
+    ) -> None:
+        """Some rows of one request over some of its slots: their output, and the log-sum-exp of their scores."""
+        group = self.num_heads // self.num_kv_heads
+        keys, values = keys.float().repeat_interleave(group, dim=0), values.float().repeat_interleave(group, dim=0)
+        scores = query[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * self.scale  # [heads, Q, S]
+        scores = scores.masked_fill(~visible, float("-inf"))
+        lse[:, rows] = scores.logsumexp(dim=-1)
+        weights = (scores - lse[:, rows, None]).exp()
+        out = (weights @ values).transpose(0, 1)
+        output.view(len(query), self.num_heads, -1)[rows] = out.to(output.dtype)
 
     def _cached(
         self,
@@ -110,21 +144,13 @@ class CPUTreeAttention(CPUAttentionBackendImpl):
 
 
 def visible_slots(
-    num_rows: int,  # Q
-    length: int,  # S, these rows included
-    step: TreeStep | None,
-    index: int,  # of the request
+    positions: torch.Tensor,  # [Q] of the rows
+    num_slots: int,  # S; a slot's position is its number
     sliding_window: int,  # positions that a row sees, itself included; < 0: all
 ) -> torch.Tensor:
-    """Which slots the rows of a request see, [Q, S] bool."""
-    slots = torch.arange(length)
-    positions = slots.clone()
-    visible = slots <= slots[length - num_rows :, None]
-    num_drafts = 0 if step is None else int(step.num_drafts[index])
-    if step is not None and num_drafts:
-        candidates = slice(length - 1 - num_drafts, length)  # and the root before them
-        visible[-1 - num_drafts :, candidates] = step.ancestors[index, : 1 + num_drafts, : 1 + num_drafts]
-        positions[candidates] = positions[candidates.start] + step.depths[index, : 1 + num_drafts]
+    """Which slots of a text the rows see, [Q, S] bool: those up to themselves."""
+    slots = torch.arange(num_slots)
+    visible = slots <= positions[:, None]
     if sliding_window >= 0:
-        visible &= positions[length - num_rows :, None] - positions < sliding_window
+        visible &= positions[:, None] - slots < sliding_window
     return visible

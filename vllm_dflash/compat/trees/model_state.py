@@ -53,7 +53,12 @@ class TreeModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, torch.Tensor | None]:
         """The positions of a step's rows, [rows after padding]."""
-        self.trees.begin_step(input_batch.idx_mapping, input_batch.num_draft_tokens_per_req)
+        self.trees.begin_step(
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            input_batch.cu_num_logits,
+            input_batch.num_draft_tokens_per_req,
+        )
         positions = self.positions[: input_batch.num_tokens_after_padding]
         positions.copy_(input_batch.positions[: input_batch.num_tokens_after_padding])
         if self.trees.step is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trees that requests are to verify, by row of the runner's state: drafted in one step, read in the next.
 
-Letters: S rows of the state, R requests of a step, N nodes, D depths.
+Letters: S rows of the state, R requests of a step, N nodes, D depths, W words.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import numpy as np
 import torch
 
 from vllm_dflash.compat.ownership import TreeShape
-from vllm_dflash.tree import ROOT, DraftTree, ancestor_mask
+from vllm_dflash.tree import ROOT, DraftTree, ancestor_mask, packed_mask
 
 
 @dataclass(frozen=True)
 class TreeStep:
     """What the target's attention needs of a step that verifies trees."""
 
-    ancestors: torch.Tensor  # [R, 1+N, 1+N] bool: which rows of a verification see which
+    ancestor_words: torch.Tensor  # [R, 1+N, W] int32: which rows of a verification see which, a bit each
     depths: torch.Tensor  # [R, 1+N]; 0: the root
-    num_drafts: np.ndarray  # [R] on the host; candidates scheduled, the first ones of N
+    first_rows: torch.Tensor  # [R] the roots among the step's rows
+    num_rows: torch.Tensor  # [R] a root and its candidates, the first ones of N; 0: nothing is verified
+    num_drafts: np.ndarray  # [R] on the host: candidates
 
 
 class TreeStore:
@@ -77,17 +79,24 @@ class TreeStore:
     def begin_step(
         self,
         idx_mapping: torch.Tensor,  # [R]
+        query_start_loc: torch.Tensor,  # [>= R+1]
+        cu_num_logits: torch.Tensor,  # [R+1]
         num_drafts: np.ndarray | None,  # [R] on the host
     ) -> None:
-        """Say what the next forward verifies."""
+        """Say what the next forward verifies. Of a request that verifies anything, these are its last rows."""
         if num_drafts is None or not num_drafts.any():
             self.step = None
             return
+        num_logits = cu_num_logits.diff()
         rows = idx_mapping.long()
         parents, depths = self.parents[rows], self.depths[rows]
         no_tokens = torch.zeros_like(parents)
         tree = DraftTree(no_tokens, parents, depths, no_tokens.float(), self.is_node[rows])
         root = torch.zeros_like(depths[:, :1])
         self.step = TreeStep(
-            ancestor_mask(tree, self.shape.num_depths), torch.cat((root, depths), dim=1), num_drafts.copy()
+            ancestor_words=packed_mask(ancestor_mask(tree, self.shape.num_depths)),
+            depths=torch.cat((root, depths), dim=1),
+            first_rows=query_start_loc[1 : len(rows) + 1] - num_logits,
+            num_rows=torch.where(num_logits > 1, num_logits, 0),
+            num_drafts=num_drafts.copy(),
         )

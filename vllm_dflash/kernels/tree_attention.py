@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Attention of a tree's rows to each other, merged with what they saw of the prefix.
+
+The prefix is the same for all rows of a request, so any attention kernel that returns its log-sum-exp serves for it.
+What is left is small: 1 + N rows by 1 + N, from this step's own q, k and v, under one bit for each pair. Softmax over
+both parts follows from each part's log-sum-exp.
+
+Letters: T rows of the step, R requests, N nodes, W words of 32 bits, D head size. The query heads that share a K/V head
+are more rows of one product.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.triton_utils import tl, triton
+
+from vllm_dflash.tree import WORD_BITS
+
+BLOCK_ROWS = 64  # of query rows times heads of a group
+BLOCK_KEYS = 32
+
+
+def merge_tree_attention(
+    out: torch.Tensor,  # [T, heads, D] attention over the prefix; becomes that over prefix and tree
+    prefix_lse: torch.Tensor,  # [heads, T] fp32; infinite: no prefix
+    query: torch.Tensor,  # [T, heads, D]
+    key: torch.Tensor,  # [T, K/V heads, D]
+    value: torch.Tensor,  # [T, K/V heads, D]
+    ancestor_words: torch.Tensor,  # [R, 1+N, W] int32; bit j of row i: row i sees row j
+    first_rows: torch.Tensor,  # [R] each tree's root among the T rows
+    num_rows: torch.Tensor,  # [R] rows of each tree, its first ones; 0: none
+    scale: float,
+) -> None:
+    """Add the trees to the attention of their rows. Other rows are not touched."""
+    num_requests, max_rows, num_words = ancestor_words.shape
+    num_heads, num_kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[2]
+    group = num_heads // num_kv_heads
+    assert max_rows <= num_words * WORD_BITS and ancestor_words.is_contiguous(), f"{tuple(ancestor_words.shape)}"
+    assert all(states.stride(2) == 1 for states in (out, query, key, value))
+    assert prefix_lse.shape == (num_heads, query.shape[0]), f"{tuple(prefix_lse.shape)}"
+    if not num_requests:
+        return
+    _merge_tree_attention_kernel[(num_requests, num_kv_heads, triton.cdiv(max_rows * group, BLOCK_ROWS))](
+        out,
+        prefix_lse,
+        query,
+        key,
+        value,
+        ancestor_words,
+        first_rows,
+        num_rows,
+        scale,
+        out.stride(0),
+        out.stride(1),
+        prefix_lse.stride(0),
+        prefix_lse.stride(1),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        GROUP=group,
+        MAX_ROWS=max_rows,
+        WORDS=num_words,
+        WORD_BITS=WORD_BITS,
+        D=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_KEYS=BLOCK_KEYS,
+    )
+
+
+@triton.jit
+def _merge_tree_attention_kernel(
+    out_ptr,  # [T, heads, D]
+    lse_ptr,  # [heads, T]
+    query_ptr,  # [T, heads, D]
+    key_ptr,  # [T, K/V heads, D]
+    value_ptr,  # [T, K/V heads, D]
+    words_ptr,  # [R, MAX_ROWS, WORDS]
+    first_rows_ptr,  # [R]
+    num_rows_ptr,  # [R]
+    scale,
+    out_row_stride,
+    out_head_stride,
+    lse_head_stride,
+    lse_row_stride,
+    query_row_stride,
+    query_head_stride,
+    key_row_stride,
+    key_head_stride,
+    value_row_stride,
+    value_head_stride,
+    GROUP: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    request = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    first = tl.load(first_rows_ptr + request).to(tl.int64)
+    num_rows = tl.load(num_rows_ptr + request)
+    flat = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows = flat // GROUP
+    heads = kv_head * GROUP + flat % GROUP
+    is_row = rows < num_rows
+    columns = tl.arange(0, BLOCK_D)
+    is_column = columns < D
+    in_query = is_row[:, None] & is_column[None, :]
+
+    query = tl.load(
+        query_ptr + (first + rows)[:, None] * query_row_stride + heads[:, None] * query_head_stride + columns[None, :],
+        mask=in_query,
+        other=0.0,
+    )
+    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for start in range(0, MAX_ROWS, BLOCK_KEYS):
+        keys = start + tl.arange(0, BLOCK_KEYS)
+        is_key = keys < num_rows
+        in_keys = is_key[:, None] & is_column[None, :]
+        key = tl.load(
+            key_ptr + (first + keys)[:, None] * key_row_stride + kv_head * key_head_stride + columns[None, :],
+            mask=in_keys,
+            other=0.0,
+        )
+        value = tl.load(
+            value_ptr + (first + keys)[:, None] * value_row_stride + kv_head * value_head_stride + columns[None, :],
+            mask=in_keys,
+            other=0.0,
+        )
+        words = tl.load(
+            words_ptr + (request * MAX_ROWS + rows)[:, None] * WORDS + (keys // WORD_BITS)[None, :],
+            mask=is_row[:, None] & is_key[None, :],
+            other=0,
+        )
+        sees = ((words >> (keys % WORD_BITS)[None, :]) & 1) != 0
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where(sees, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+        weights = tl.exp(scores - finite_top[:, None])
+        shrink = tl.exp(top - finite_top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        top = new_top
+
+    lse = tl.load(lse_ptr + heads * lse_head_stride + (first + rows) * lse_row_stride, mask=is_row, other=0.0)
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)
+    highest = tl.maximum(lse, top)
+    highest = tl.where(is_row, highest, 0.0)
+    of_prefix = tl.exp(lse - highest)
+    of_tree = tl.exp(top - highest)
+    pointers = out_ptr + (first + rows)[:, None] * out_row_stride + heads[:, None] * out_head_stride + columns[None, :]
+    prefix = tl.load(pointers, mask=in_query & (of_prefix > 0)[:, None], other=0.0).to(tl.float32)
+    merged = prefix * of_prefix[:, None] + sums * of_tree[:, None]
+    merged = merged / tl.where(is_row, of_prefix + total * of_tree, 1.0)[:, None]
+    tl.store(pointers, merged.to(out_ptr.dtype.element_ty), mask=in_query)
+
+
+def reference_merge_tree_attention(
+    out: torch.Tensor,  # [T, heads, D]
+    prefix_lse: torch.Tensor,  # [heads, T]
+    query: torch.Tensor,  # [T, heads, D]
+    key: torch.Tensor,  # [T, K/V heads, D]
+    value: torch.Tensor,  # [T, K/V heads, D]
+    ancestors: torch.Tensor,  # [R, 1+N, 1+N] bool
+    first_rows: torch.Tensor,  # [R]
+    num_rows: torch.Tensor,  # [R]
+    scale: float,
+) -> None:
+    """The same in plain torch, request by request, of a mask that is not packed."""
+    group = query.shape[1] // key.shape[1]
+    for request, (first, count) in enumerate(zip(first_rows.tolist(), num_rows.tolist(), strict=True)):
+        if not count:
+            continue
+        rows = slice(first, first + count)
+        keys, values = (states[rows].float().repeat_interleave(group, dim=1) for states in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
+        scores = scores.masked_fill(~ancestors[request, :count, :count], float("-inf"))
+        tree_lse = scores.logsumexp(dim=-1)  # [heads, rows]
+        of_tree = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
+        lse = prefix_lse[:, rows]
+        lse = torch.where(lse.isinf(), float("-inf"), lse)
+        share = (lse - torch.logaddexp(lse, tree_lse)).exp().t()[:, :, None]  # [rows, heads, 1]
+        prefix = torch.where(share > 0, out[rows].float(), 0.0)
+        out[rows] = (prefix * share + of_tree * (1 - share)).to(out.dtype)
