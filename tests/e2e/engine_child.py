@@ -5,7 +5,8 @@
 
 The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens": of
 all or of each, "temperature", "concurrent": bool, "sampling": [more SamplingParams of each]}]}. The result: per run the
-token ids and, step by step, how many tokens each request gained; and vLLM's counters over the whole run.
+token ids, their log-probabilities where `sampling` asks for them, and step by step how many tokens each request gained;
+and vLLM's counters over the whole run.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ def generate(llm: Any, run: dict[str, Any]) -> dict[str, Any]:
     groups = [run["prompts"]] if run.get("concurrent", True) else [[prompt] for prompt in run["prompts"]]
     token_ids: list[list[int]] = []
     step_lengths: list[list[int]] = []
+    logprobs: list[list[float]] = []
     for group in groups:
-        ids, steps = drive(llm.llm_engine, group, run)
+        ids, steps, probs = drive(llm.llm_engine, group, run)
         token_ids += ids
+        logprobs += probs
         step_lengths += steps
     after = counters(llm)
     counted = {name: after[name] - before.get(name, 0) for name in after}
-    return {"token_ids": token_ids, "step_lengths": step_lengths, "counters": counted}
+    return {"token_ids": token_ids, "step_lengths": step_lengths, "counters": counted, "logprobs": logprobs}
 
 
-def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+def drive(
+    engine: Any, prompts: list[list[int]], run: dict[str, Any]
+) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
     """All prompts at once through the engine, step by step."""
     from vllm import SamplingParams
 
@@ -60,12 +65,15 @@ def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> tuple[l
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     token_ids: dict[str, list[int]] = {name: [] for name in names}
     steps: dict[str, list[int]] = {name: [] for name in names}
+    logprobs: dict[str, list[float]] = {name: [] for name in names}
     while engine.has_unfinished_requests():
         for output in engine.step():
             name, ids = output.request_id.split("|")[0], list(output.outputs[0].token_ids)
             steps[name].append(len(ids) - len(token_ids[name]))
             token_ids[name] = ids
-    return [token_ids[name] for name in names], [steps[name] for name in names]
+            found = output.outputs[0].logprobs or []
+            logprobs[name] = [of_place[token].logprob for token, of_place in zip(ids, found, strict=False)]
+    return [token_ids[name] for name in names], [steps[name] for name in names], [logprobs[name] for name in names]
 
 
 def more_sampling(options: dict[str, Any]) -> dict[str, Any]:

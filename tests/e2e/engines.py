@@ -40,6 +40,7 @@ class Run:
     token_ids: list[list[int]]
     step_lengths: list[list[int]]
     counters: dict[str, float]
+    logprobs: list[list[float]]  # of a request that asked for them
 
     @property
     def acceptance_length(self) -> float:

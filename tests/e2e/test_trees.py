@@ -6,6 +6,8 @@ Without a GPU, vLLM's kernels run in Triton's interpreter, so batches are small 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ RUN = {"max_tokens": MAX_TOKENS}
 SEEDED = RUN | {"name": "seeded", "temperature": 0.7, "seed": 11}
 #: Requests whose logits depend on the tokens before them, beside two that do not. `\\n` ends a line of the grammar's.
 MIXED_SAMPLING = [
-    {},
+    {"logprobs": 1},
     {"presence_penalty": 0.8, "repetition_penalty": 1.2},
     {"structured_outputs": {"regex": "( *[a-z_]+ = [0-9]+\\n)+"}},
     {"frequency_penalty": 0.5, "min_tokens": 8},
@@ -39,19 +41,30 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def plain(prompts, tmp_path_factory):
-    """vLLM without speculation, on the V2 runner, whose noise is keyed by seed and position."""
-    runs = [run | {"prompts": prompts} for run in (RUN | {"name": "greedy"}, SEEDED, MIXED)]
-    llm = BASE | {"skip_tokenizer_init": False}
-    return run_engine(tmp_path_factory.mktemp("plain"), llm, runs, runner="V2")
+def engines(prompts, tmp_path_factory):
+    """Without speculation, on the V2 runner, whose noise is keyed by seed and position; and with trees, the first run again
+    from the prefix cache. Side by side."""
+    greedy, cached = (RUN | {"name": name} for name in ("greedy", "cached"))
+    jobs = {"plain": (BASE, [greedy, SEEDED, MIXED]), "treed": (BASE | trees(), [greedy, cached, SEEDED, MIXED])}
+
+    def run(name):
+        llm, runs = jobs[name]
+        llm = llm | {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
+        runs = [run | {"prompts": prompts} for run in runs]
+        return run_engine(tmp_path_factory.mktemp(name), llm, runs, runner="V2")
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(jobs, pool.map(run, jobs), strict=True))
 
 
 @pytest.fixture(scope="module")
-def treed(prompts, tmp_path_factory):
-    """The same with trees, and the first again from the prefix cache."""
-    runs = [run | {"prompts": prompts} for run in (RUN | {"name": "greedy"}, RUN | {"name": "cached"}, SEEDED, MIXED)]
-    llm = BASE | trees() | {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
-    return run_engine(tmp_path_factory.mktemp("trees"), llm, runs, runner="V2")
+def plain(engines):
+    return engines["plain"]
+
+
+@pytest.fixture(scope="module")
+def treed(engines):
+    return engines["treed"]
 
 
 def drafted(run) -> bool:
@@ -106,6 +119,12 @@ def test_chains_in_a_batch_of_trees(treed, plain):
         assert max(steps) > 1, f"no candidate of request {index} was accepted"
     for index in (1, 2, 3, 5):
         assert plain["mixed"].token_ids[index] != plain["greedy"].token_ids[index], f"request {index} is not special"
+
+
+def test_logprobs_are_those_of_the_accepted_rows(treed, plain):
+    got, expected = treed["mixed"].logprobs[0], plain["mixed"].logprobs[0]
+    assert len(got) == MAX_TOKENS and len({round(value, 3) for value in expected}) > MAX_TOKENS / 4
+    assert got == pytest.approx(expected, abs=1e-3)
 
 
 def test_chunked_prefill(prompts, plain, tmp_path):

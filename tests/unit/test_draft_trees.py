@@ -59,7 +59,7 @@ def logits_of(*likeliest: list[int], size: int = 8) -> torch.Tensor:
 
 def test_a_tree_and_a_chain_of_the_same_logits() -> None:
     logits = logits_of([3, 5], [6, 2]).expand(2, -1, -1)
-    drafted = drafted_trees(logits, torch.tensor([False, True]), 4)
+    drafted = drafted_trees(logits, torch.zeros(2), torch.tensor([False, True]), 4)
     # Log-odds to the likeliest: 3 and 6 0, 5 and 2 -1, so 36 0, then 5, 56 and 32 -1 more; 3 comes before 36.
     assert drafted.token_ids.tolist() == [[3, 6, 5, 2], [3, 6, 0, 0]]
     assert drafted.parents.tolist() == [[ROOT, 0, ROOT, 0], [ROOT, 0, ROOT, ROOT]]
@@ -69,10 +69,17 @@ def test_a_tree_and_a_chain_of_the_same_logits() -> None:
     torch.testing.assert_close(drafted.log_probs[0, :2].exp(), torch.stack((p[0, 3], p[0, 3] * p[1, 6])))
 
 
+def test_a_high_temperature_makes_wide_trees() -> None:
+    logits = logits_of([3, 5], [6, 2]).expand(3, -1, -1)
+    drafted = drafted_trees(logits, torch.tensor([0.0, 1.0, 100.0]), torch.zeros(3, dtype=torch.bool), 3)
+    assert drafted.depths.tolist() == [[1, 2, 1], [1, 2, 1], [1, 1, 1]]
+    torch.testing.assert_close(drafted.log_probs[2, 0].exp(), (logits[0, 0] / 100).softmax(dim=-1)[3])
+
+
 def test_what_cannot_be_drafted_is_no_node() -> None:
     logits = torch.full((1, 1, 6), float("-inf"))
     logits[0, 0, [1, 4]] = torch.tensor([0.0, 1.0])
-    drafted = drafted_trees(logits, torch.tensor([False]), 3)
+    drafted = drafted_trees(logits, torch.zeros(1), torch.tensor([False]), 3)
     assert drafted.token_ids[0, :2].tolist() == [4, 1]
     assert drafted.is_node.tolist() == [[True, True, False]]
 

@@ -306,10 +306,11 @@ class V2Adapter(DraftModelSpeculator):
         assert self.tree is not None
         logits = self.compute_draft_logits(mask_rows(hidden_states, block.num_query_rows), 0)
         logits = logits.unflatten(0, (-1, block.num_query_rows - 1))
+        state_rows = self.idx_mapping[: len(logits)]
         as_chain = torch.zeros(len(logits), dtype=torch.bool, device=self.device)
         if self.trees is not None:  # profiling comes before
-            as_chain = self.trees.as_chain[self.idx_mapping[: len(logits)]]
-        trees = drafted_trees(logits, as_chain, self.tree.num_nodes)
+            as_chain = self.trees.as_chain[state_rows]
+        trees = drafted_trees(logits, self.temperature[state_rows], as_chain, self.tree.num_nodes)
         return Drafts(trees.token_ids, trees)
 
     def _sample_with_logits(

@@ -13,11 +13,12 @@ from vllm_dflash.tree import ROOT, DraftTree, build_tree
 
 def drafted_trees(
     logits: torch.Tensor,  # [R, K, V]; -inf: cannot be drafted
+    temperature: torch.Tensor,  # [R] the requests' own; 0: as at 1, since every candidate may be the target's likeliest
     as_chain: torch.Tensor,  # [R] bool
     num_nodes: int,  # N <= V
 ) -> DraftTree:
     """The likeliest N continuations, or where it has to be a chain, the likeliest token at each depth."""
-    logits = logits.float()
+    logits = logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None, None]
     choices, token_ids = logits.topk(num_nodes, dim=-1)
     trees = build_tree(choices - logits.logsumexp(dim=-1, keepdim=True), token_ids, num_nodes)
     chains = padded_chain(token_ids[:, :, 0], num_nodes)
