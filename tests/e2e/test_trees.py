@@ -42,8 +42,8 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def engines(prompts, tmp_path_factory):
-    """Without speculation, on the V2 runner, whose noise is keyed by seed and position; and with trees, the first run again
-    from the prefix cache. Side by side."""
+    """Without speculation, on the V2 runner, whose noise is keyed by seed and position; and with trees, the first run
+    again from the prefix cache. Side by side."""
     greedy, cached = (RUN | {"name": name} for name in ("greedy", "cached"))
     jobs = {"plain": (BASE, [greedy, SEEDED, MIXED]), "treed": (BASE | trees(), [greedy, cached, SEEDED, MIXED])}
 
@@ -51,7 +51,7 @@ def engines(prompts, tmp_path_factory):
         llm, runs = jobs[name]
         llm = llm | {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
         runs = [run | {"prompts": prompts} for run in runs]
-        return run_engine(tmp_path_factory.mktemp(name), llm, runs, runner="V2")
+        return run_engine(tmp_path_factory.mktemp(name), llm, runs, runner="V2", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(jobs, pool.map(run, jobs), strict=True))
