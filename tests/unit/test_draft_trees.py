@@ -8,6 +8,7 @@ root -+- 10
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import pytest
 pytest.importorskip("vllm")
 import torch
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 
 from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.compat.trees.attention import visible_slots
 from vllm_dflash.compat.trees.compaction import AcceptedRows
-from vllm_dflash.compat.trees.model_state import depends_on_path
+from vllm_dflash.compat.trees.model_state import TreeModelState, depends_on_path
 from vllm_dflash.compat.trees.sampler import TreeSampler
 from vllm_dflash.compat.trees.store import TreeStore
 from vllm_dflash.proposer.trees import drafted_trees, empty_trees, padded_chain
@@ -249,3 +251,18 @@ def test_their_kv_too() -> None:
 )
 def test_which_logits_depend_on_the_path(params: dict[str, Any], expected: bool) -> None:
     assert depends_on_path(SamplingParams(**params)) is expected
+
+
+def test_processors_of_others_make_every_request_a_chain() -> None:
+    state = TreeModelState.__new__(TreeModelState)
+    state.vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=5, enable_adaptive_verification=False, rejection_sample_method="standard"
+        )
+    )
+    state.device, state.trees = CPU, store()
+    for processors, expected in (([], False), ([BadWordsState.__new__(BadWordsState)], False), ([object()], True)):
+        sampler = SimpleNamespace(logits_processors=processors)
+        same, ours = state.custom_sampler(sampler)
+        assert same is sampler and isinstance(ours, TreeSampler)
+        assert state.all_as_chain is expected

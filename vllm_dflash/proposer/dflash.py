@@ -33,7 +33,7 @@ class DFlashProposer:
         self.vllm_config = vllm_config
         self.layers = [attention.attn for attention in model.attentions]
         self._sampler = sampler
-        self.fast_path_obstacle = "draft probabilities" if sampler is not greedy_drafts else obstacle(model)
+        self.fast_path_obstacle = "more than the likeliest tokens" if sampler is not greedy_drafts else obstacle(model)
         self._group_of_layer: list[int] = []
         self._block_sizes: tuple[int, ...] = ()
         self._injection: Injection | None = None

@@ -14,6 +14,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -44,7 +47,7 @@ class TreeModelState(DefaultModelState):
         self.trees = TreeStore(self.max_num_reqs, shape, device)
         use_tree_attention(model, self.trees)
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
-        self.all_as_chain = bool(self.model_config.logits_processors)
+        self.all_as_chain = False
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request takes a row of the state."""
@@ -73,6 +76,8 @@ class TreeModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
         """vLLM's sampler where nothing is verified, and ours where trees are."""
+        # What a user's or a plugin's processor looks at is not known.
+        self.all_as_chain = any(type(processor) not in _KNOWN_PROCESSORS for processor in sampler.logits_processors)
         speculative = self.vllm_config.speculative_config
         assert speculative is not None
         return sampler, TreeSampler(sampler, speculative, self.device, self.trees)
@@ -94,6 +99,7 @@ def check_target_state(vllm_config: VllmConfig, model: nn.Module) -> None:
         ),
         '--speculative-config\'s "enable_adaptive_verification"': speculative.enable_adaptive_verification,
         "--enable-batch-sharded-sampling": getattr(parallel, "enable_batch_sharded_sampling", False),
+        "--return-sampling-mask": vllm_config.model_config.return_sampling_mask,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--enable-dbo": parallel.enable_dbo,
     }
@@ -118,5 +124,8 @@ def depends_on_path(params: SamplingParams | None) -> bool:
         or getattr(params, "thinking_token_budget", None) is not None
     )
 
+
+#: Of vLLM's, in requests that `depends_on_path` tells.
+_KNOWN_PROCESSORS = (LogitBiasState, PenaltiesState, BadWordsState)
 
 _FLAG = '--additional-config\'s "dflash": "tree"'
