@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config, Qwen3MoeConfig
 
 from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+from vllm_dflash.hf import DFlashDraftModel
 
 pytestmark = pytest.mark.engine
 
@@ -28,6 +30,10 @@ MIXED_SAMPLING = [
     {},
     {"repetition_penalty": 1.5},
 ]
+TOY = {
+    "vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.3,
+}  # fmt: skip
 MIXED = RUN | {"name": "mixed", "sampling": MIXED_SAMPLING}
 
 
@@ -74,10 +80,6 @@ def drafted(run) -> bool:
 
 def oracle_rounds(prompts, num_nodes):
     """Every round's acceptance length of `spec_generate` on Transformers, fp32."""
-    from transformers import AutoModelForCausalLM
-
-    from vllm_dflash.hf import DFlashDraftModel
-
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     draft = DFlashDraftModel.from_pretrained(str(DRAFTER), dtype=torch.float32).eval()
     options = {"target": target, "max_new_tokens": MAX_TOKENS, "return_stats": True, "tree_budget": num_nodes}
@@ -159,3 +161,50 @@ def test_nodes_by_batch_size(prompts, plain, tmp_path):
         assert max(steps) == 1
     for steps in got.step_lengths[2:]:
         assert set(steps[:12]) == {1} and max(steps[16:]) > 1
+
+
+def test_tensor_parallel(prompts, plain, tmp_path):
+    """Both ranks build the same trees, walk the same way and move their own heads' K/V."""
+    run = RUN | {"name": "tp2", "prompts": prompts[:3]}
+    llm = BASE | trees() | {"tensor_parallel_size": 2}
+    tp2 = run_engine(tmp_path, llm, [run], runner="V2", VLLM_CPU_OMP_THREADS_BIND="0|1")["tp2"]
+    assert drafted(tp2)
+    assert tp2.token_ids == plain["greedy"].token_ids[:3]
+
+
+def toy_pair(folder, target_config):
+    """A random target of eight tokens, most of which a tree of seven nodes holds, and a random drafter."""
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(target_config).save_pretrained(folder / "target")
+    config = Qwen3Config(
+        **TOY, num_hidden_layers=1, architectures=["DFlashDraftModel"], block_size=4, num_target_layers=4,
+        dflash_config={"mask_token_id": 7, "target_layer_ids": [1, 2]},
+    )  # fmt: skip
+    DFlashDraftModel(config).save_pretrained(folder / "drafter")
+
+
+@pytest.mark.parametrize(
+    "target_config",
+    [
+        MistralConfig(**TOY, num_hidden_layers=4, sliding_window=24),
+        Qwen3MoeConfig(
+            **TOY,
+            num_hidden_layers=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            norm_topk_prob=True,
+        ),
+    ],
+    ids=["sliding windows", "experts"],
+)
+def test_other_targets(target_config, tmp_path):
+    toy_pair(tmp_path, target_config)
+    llm = {"model": str(tmp_path / "target"), "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4}
+    run = {"name": "toy", "max_tokens": 40, "prompts": [[place % 7 for place in range(n)] for n in (40, 7, 29)]}
+    expected = run_engine(tmp_path / "plain", llm, [run])["toy"].token_ids
+    treed = llm | dflash(tmp_path / "drafter") | {"additional_config": {"dflash": {"tree": 7}}}
+    got = run_engine(tmp_path / "treed", treed, [run], runner="V2")["toy"]
+    assert got.token_ids == expected
+    assert got.acceptance_length > 1.1
+    assert len(set(expected[0])) > 3, "a text that says nothing of the order of its tokens"
