@@ -25,8 +25,7 @@ from vllm_dflash.compat.draft_attention import DraftAttention
 from vllm_dflash.compat.draft_graphs import DraftGraphs
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
 from vllm_dflash.compat.ownership import draft_tree
-from vllm_dflash.compat.trees.compaction import AcceptedRows
-from vllm_dflash.compat.trees.store import TreeStore
+from vllm_dflash.compat.trees.drafting import TreeDrafting
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.logs import logger
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
@@ -34,7 +33,6 @@ from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import AnchorSource, BlockInputs, DFlashProposer, Drafts, StepInputs
 from vllm_dflash.proposer.sampling import Sampler, greedy_drafts, mask_rows
 from vllm_dflash.proposer.staging import StagedStep, StagingLimits
-from vllm_dflash.proposer.trees import drafted_trees, empty_trees
 
 
 class V2Adapter(DraftModelSpeculator):
@@ -45,12 +43,10 @@ class V2Adapter(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         draft_config = self.draft_model_config
         self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
-        self.tree = draft_tree(vllm_config)
+        shape = draft_tree(vllm_config)
+        self.trees = TreeDrafting(shape, self.max_num_reqs, device) if shape else None
         self.num_verified_rows = 1 + self.num_speculative_steps
-        self.num_query_per_req = 1 + (self.tree.num_depths if self.tree else self.num_speculative_steps)
-        self.trees: TreeStore | None = None
-        if self.tree:  # in fixed memory, in the order of the batch
-            self.drafted_trees = empty_trees(self.max_num_reqs, self.tree.num_nodes, device)
+        self.num_query_per_req = 1 + (shape.num_depths if shape else self.num_speculative_steps)
         self.graphs: DraftGraphs | None = None
         self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
 
@@ -61,7 +57,7 @@ class V2Adapter(DraftModelSpeculator):
         check_target(target_model)
         model = load_draft_model(self.vllm_config, self.dflash, target_model)
         self.proposer = DFlashProposer(model, self.vllm_config, self._sampler())
-        announce(self.dflash, "V2", self.num_query_per_req - 1, self.tree)
+        announce(self.dflash, "V2", self.num_query_per_req - 1, self.trees.shape if self.trees else None)
         self.target_attn_layer_names = sorted(target_attn_layer_names)
         return model
 
@@ -75,10 +71,9 @@ class V2Adapter(DraftModelSpeculator):
     ) -> None:
         """Learn which KV-cache groups hold the draft layers, and make their metadata builders."""
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
-        if self.tree:
-            self.trees = model_state.trees
+        if self.trees:
             layers = self.vllm_config.compilation_config.static_forward_context
-            self.target_layers = {name: layers[name] for name in self.target_attn_layer_names}
+            self.trees.bind(model_state.trees, {name: layers[name] for name in self.target_attn_layer_names})
         kernel_block_sizes = [groups[0].kernel_block_size if groups else None for groups in self.attn_groups]
         attention = DraftAttention(self.model, self.vllm_config, kv_cache_config, self.device, kernel_block_sizes)
         # The runner reads its speculator's groups by KV-cache group.
@@ -163,8 +158,8 @@ class V2Adapter(DraftModelSpeculator):
         num_reqs, num_rows = input_batch.num_reqs, input_batch.num_tokens
         if skip_attn_for_dummy_run:
             return self._profile(aux_hidden_states, num_reqs, num_rows)
-        if self.trees is not None and input_batch.num_draft_tokens:
-            aux_hidden_states = self._compact(input_batch, slot_mappings, aux_hidden_states, num_sampled)
+        if self.trees:
+            aux_hidden_states = self.trees.compact(input_batch, slot_mappings, aux_hidden_states, num_sampled)
         if self._needs_logits:
             self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run)
         step = StepInputs(
@@ -194,24 +189,9 @@ class V2Adapter(DraftModelSpeculator):
             block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
             self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
-        if self.trees is not None and num_speculative_tokens != 0 and not dummy_run:
-            self.trees.keep(input_batch.idx_mapping, self.drafted_trees.rows(num_reqs))
+        if self.trees and num_speculative_tokens != 0 and not dummy_run:
+            self.trees.hand_over(input_batch.idx_mapping)
         return self.draft_tokens[:num_reqs]
-
-    def _compact(
-        self,
-        input_batch: InputBatch,
-        slot_mappings: dict[str, torch.Tensor],  # by layer name, [T]
-        aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
-        num_sampled: torch.Tensor,  # [R]
-    ) -> list[torch.Tensor]:
-        """Make the accepted rows consecutive: K/V in the target's caches, and the hidden states returned."""
-        assert self.trees is not None
-        accepted = AcceptedRows.of(
-            self.trees, input_batch.idx_mapping, input_batch.query_start_loc, input_batch.cu_num_logits, num_sampled
-        )
-        accepted.move_kv(((name, layer.kv_cache) for name, layer in self.target_layers.items()), slot_mappings)
-        return [accepted.move_states(states) for states in aux_hidden_states]
 
     def _replay(
         self,
@@ -289,10 +269,10 @@ class V2Adapter(DraftModelSpeculator):
     @property
     def _needs_logits(self) -> bool:
         """Whether more than the likeliest tokens is asked for: draft probabilities, or estimates from them."""
-        return self.draft_logits is not None or self.use_acceptance_estimator or self.tree is not None
+        return self.draft_logits is not None or self.use_acceptance_estimator or self.trees is not None
 
     def _sampler(self) -> Sampler:
-        if self.tree is not None:
+        if self.trees:
             return self._sample_trees
         return self._sample_with_logits if self._needs_logits else greedy_drafts
 
@@ -303,15 +283,10 @@ class V2Adapter(DraftModelSpeculator):
         block: BlockInputs,
     ) -> Drafts:
         """The likeliest candidates of the block's distributions."""
-        assert self.tree is not None
+        assert self.trees is not None
         logits = self.compute_draft_logits(mask_rows(hidden_states, block.num_query_rows), 0)
         logits = logits.unflatten(0, (-1, block.num_query_rows - 1))
-        state_rows = self.idx_mapping[: len(logits)]
-        as_chain = torch.zeros(len(logits), dtype=torch.bool, device=self.device)
-        if self.trees is not None:  # profiling comes before
-            as_chain = self.trees.as_chain[state_rows]
-        trees = drafted_trees(logits, self.temperature[state_rows], as_chain, self.tree.num_nodes)
-        return Drafts(trees.token_ids, trees)
+        return self.trees.draft(logits, self.idx_mapping[: len(logits)], self.temperature)
 
     def _sample_with_logits(
         self,
@@ -346,8 +321,8 @@ class V2Adapter(DraftModelSpeculator):
 
     def _keep(self, drafts: Drafts) -> None:
         self.draft_tokens[: drafts.token_ids.shape[0]].copy_(drafts.token_ids)
-        if drafts.trees is not None:
-            self.drafted_trees.overwrite(drafts.trees)
+        if self.trees and drafts.trees:
+            self.trees.note(drafts.trees)
 
     def _max_context_rows(self) -> int:
         return max(self.max_num_tokens, self._num_graph_context_rows(self.max_num_reqs))
