@@ -160,7 +160,7 @@ def test_tensor_parallel(prompts, plain, tmp_path):
 
 def test_block_verification_is_lossless(prompts, plain, tmp_path):
     """vLLM's other rejection sampler, which accepts or rejects a block as a whole. (Draft probabilities need a GPU: the
-    interpreter cannot run vLLM's Gumbel kernel.)"""
+    interpreter cannot run vLLM's Gumbel kernel where that keeps the draft's logits.)"""
     run = RUN | {"name": "run", "prompts": prompts[:4]}
     got = run_engine(tmp_path, BASE | dflash(rejection_sample_method="block"), [run], runner="V2")["run"]
     assert got.token_ids == plain[:4]
