@@ -213,9 +213,8 @@ def test_what_is_no_node_is_not_accepted() -> None:
 def accepted_rows(trees: TreeStore) -> AcceptedRows:
     """Two requests: a prompt of three rows, and a verification of six behind it that accepted rows 2 and 4."""
     walk([11, NOTHING, 21, NOTHING, 99, NOTHING], [NOTHING, *TOKENS], [0, 6], [2], trees)
-    return AcceptedRows.of(
-        trees, torch.tensor([0, 2]), torch.tensor([0, 3, 9]), torch.tensor([0, 1, 7]), torch.tensor([1, 3])
-    )
+    begin_step(trees, [0, 2], rows=[3, 6], num_logits=[1, 6])
+    return AcceptedRows.of(trees, torch.tensor([0, 2]), torch.tensor([1, 3]))
 
 
 def test_accepted_rows_become_consecutive() -> None:

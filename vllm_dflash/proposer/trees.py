@@ -7,8 +7,9 @@ Letters: R requests, K depths, V vocabulary, N nodes.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
-from vllm_dflash.tree import ROOT, DraftTree, build_tree
+from vllm_dflash.tree import ROOT, DraftTree, build_tree, chain
 
 
 def drafted_trees(
@@ -31,17 +32,14 @@ def padded_chain(
     num_nodes: int,  # N
 ) -> DraftTree:
     """A tree of one branch, cut to N nodes or filled up with what is no node. Its log-probabilities are zeros."""
-    num_depths = min(token_ids.shape[1], num_nodes)
-    nodes = torch.arange(num_nodes, device=token_ids.device).expand(len(token_ids), -1)
-    is_node = nodes < num_depths
-    tokens = torch.zeros_like(nodes)
-    tokens[:, :num_depths] = token_ids[:, :num_depths]
+    line = chain(token_ids[:, :num_nodes])
+    missing = (0, num_nodes - line.token_ids.shape[1])
     return DraftTree(
-        token_ids=tokens,
-        parents=torch.where(is_node, nodes - 1, ROOT),
-        depths=torch.where(is_node, nodes + 1, 1),
-        log_probs=torch.zeros_like(nodes, dtype=torch.float32),
-        is_node=is_node,
+        token_ids=pad(line.token_ids, missing, value=0),
+        parents=pad(line.parents, missing, value=ROOT),
+        depths=pad(line.depths, missing, value=1),
+        log_probs=pad(line.log_probs, missing, value=0.0),
+        is_node=pad(line.is_node, missing, value=False),
     )
 
 

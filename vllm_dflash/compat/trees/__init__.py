@@ -4,3 +4,6 @@
 A step's order: `TreeModelState.prepare_inputs` (positions, who sees whom) -> `TreeAttention` in every target layer ->
 `TreeSampler` (the target's way) -> `compaction` (the way's rows become consecutive) -> drafting.
 """
+
+#: What its errors name.
+FLAG = '--additional-config\'s "dflash": "tree"'

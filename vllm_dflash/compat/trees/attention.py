@@ -16,10 +16,9 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
+from vllm_dflash.compat.trees import FLAG
 from vllm_dflash.compat.trees.store import TreeStore
 from vllm_dflash.kernels.tree_attention import merge_tree_attention
-
-_FLAG = '--additional-config\'s "dflash": "tree"'
 
 
 def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
@@ -28,7 +27,7 @@ def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
     for name, layer in layers:
         impl = layer.impl
         if type(impl) is not CPUAttentionBackendImpl:
-            raise ValueError(f"{_FLAG} is not available with {type(impl).__name__}, which {name} uses: leave it out")
+            raise ValueError(f"{FLAG} is not available with {type(impl).__name__}, which {name} uses: leave it out")
         without = {
             "sinks": impl.sinks is not None,
             "ALiBi": impl.alibi_slopes is not None,
@@ -40,7 +39,7 @@ def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
         }
         found = [what for what, is_there in without.items() if is_there]
         if found:
-            raise ValueError(f"{_FLAG} is not available with {' and '.join(found)}, which {name} has: leave it out")
+            raise ValueError(f"{FLAG} is not available with {' and '.join(found)}, which {name} has: leave it out")
         impl.__class__ = CPUTreeAttention
         impl.trees = trees
 

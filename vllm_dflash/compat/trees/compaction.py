@@ -26,15 +26,13 @@ class AcceptedRows:
         cls,
         trees: TreeStore,
         idx_mapping: torch.Tensor,  # [R]
-        query_start_loc: torch.Tensor,  # [>= R+1]
-        cu_num_logits: torch.Tensor,  # [R+1]
         num_sampled: torch.Tensor,  # [R]
     ) -> AcceptedRows:
         """Of a step whose trees have been walked."""
+        assert trees.step is not None
         way = trees.way[idx_mapping.long()]
-        num_reqs, num_depths = way.shape
-        root = (query_start_loc[1 : num_reqs + 1] - cu_num_logits.diff()).long()[:, None]  # [R, 1]
-        depth = torch.arange(num_depths, device=way.device)
+        root = trees.step.first_rows.long()[:, None]
+        depth = torch.arange(way.shape[1], device=way.device)
         is_accepted = depth < num_sampled[:, None] - 1
         return cls(
             torch.where(is_accepted, root + way, root).flatten(),

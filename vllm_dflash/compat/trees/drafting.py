@@ -43,9 +43,7 @@ class TreeDrafting:
         """Make the accepted rows consecutive: K/V in the target's caches, and the hidden states returned."""
         if self.store is None or not input_batch.num_draft_tokens:
             return aux_hidden_states
-        accepted = AcceptedRows.of(
-            self.store, input_batch.idx_mapping, input_batch.query_start_loc, input_batch.cu_num_logits, num_sampled
-        )
+        accepted = AcceptedRows.of(self.store, input_batch.idx_mapping, num_sampled)
         accepted.move_kv(((name, layer.kv_cache) for name, layer in self.target_layers.items()), slot_mappings)
         return [accepted.move_states(states) for states in aux_hidden_states]
 

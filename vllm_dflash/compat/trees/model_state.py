@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dflash.compat.ownership import TreeShape
+from vllm_dflash.compat.trees import FLAG
 from vllm_dflash.compat.trees.attention import use_tree_attention
 from vllm_dflash.compat.trees.sampler import TreeSampler
 from vllm_dflash.compat.trees.store import TreeStore
@@ -43,7 +44,7 @@ class TreeModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         if self.rope_state is not None:
-            raise ValueError(f"{_FLAG}: {type(model).__name__} has positions of several axes (M-RoPE): leave it out")
+            raise ValueError(f"{FLAG}: {type(model).__name__} has positions of several axes (M-RoPE): leave it out")
         self.trees = TreeStore(self.max_num_reqs, shape, device)
         use_tree_attention(model, self.trees)
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
@@ -87,7 +88,7 @@ def check_target_state(vllm_config: VllmConfig, model: nn.Module) -> None:
     """Raise ValueError for a target that remembers its past otherwise than by K/V, or a way of running it."""
     found = resolve_model_state_cls(vllm_config, model)
     if found is not DefaultModelState:
-        raise ValueError(f"{_FLAG}: {type(model).__name__} keeps more than K/V of its past: leave it out")
+        raise ValueError(f"{FLAG}: {type(model).__name__} keeps more than K/V of its past: leave it out")
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     assert speculative is not None
     refused = {
@@ -105,7 +106,7 @@ def check_target_state(vllm_config: VllmConfig, model: nn.Module) -> None:
     }
     for flag, is_set in refused.items():
         if is_set:
-            raise ValueError(f"{_FLAG} does not go together with {flag}: leave one of them out")
+            raise ValueError(f"{FLAG} does not go together with {flag}: leave one of them out")
 
 
 def depends_on_path(params: SamplingParams | None) -> bool:
@@ -127,5 +128,3 @@ def depends_on_path(params: SamplingParams | None) -> bool:
 
 #: Of vLLM's, in requests that `depends_on_path` tells.
 _KNOWN_PROCESSORS = (LogitBiasState, PenaltiesState, BadWordsState)
-
-_FLAG = '--additional-config\'s "dflash": "tree"'

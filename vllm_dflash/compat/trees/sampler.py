@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_dflash.compat.trees.store import TreeStore
-from vllm_dflash.tree import ancestor_mask, walk
+from vllm_dflash.tree import walk
 
 
 class TreeSampler(RejectionSampler):
@@ -85,7 +85,7 @@ class TreeSampler(RejectionSampler):
         is_scheduled = local_rows < cu_num_logits.diff()[:, None]
         tokens = tokens[rows][:, 1:].long()
         tree = self.trees.read(idx_mapping, tokens, is_scheduled[:, 1:] & (tokens >= 0))
-        walked = walk(tree, ancestor_mask(tree, num_depths), said[rows], num_depths)
+        walked = walk(tree, self.trees.ancestors[idx_mapping.long()], said[rows], num_depths)
         way = walked.nodes + 1
         self.trees.way[idx_mapping.long()] = way
         depth = torch.arange(num_depths + 1, device=said.device)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from vllm_dflash.compat.ownership import TreeShape
-from vllm_dflash.tree import ROOT, DraftTree, ancestor_mask, packed_mask
+from vllm_dflash.proposer.trees import empty_trees
+from vllm_dflash.tree import DraftTree, ancestor_mask, packed_mask
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,33 @@ class TreeStore:
 
     def __init__(self, max_num_reqs: int, shape: TreeShape, device: torch.device) -> None:
         self.shape = shape
-        nodes = (max_num_reqs, shape.num_nodes)
-        self.parents = torch.full(nodes, ROOT, dtype=torch.int64, device=device)  # [S, N]
-        self.depths = torch.ones(nodes, dtype=torch.int64, device=device)  # [S, N]
-        self.is_node = torch.zeros(nodes, dtype=torch.bool, device=device)  # [S, N]
+        nodes, rows = (max_num_reqs, shape.num_nodes), 1 + shape.num_nodes
+        self.parents = torch.empty(nodes, dtype=torch.int64, device=device)  # [S, N]
+        self.depths = torch.empty(nodes, dtype=torch.int64, device=device)  # [S, N]
+        self.is_node = torch.empty(nodes, dtype=torch.bool, device=device)  # [S, N]
+        # Which rows of a verification see which: [S, 1+N, 1+N].
+        self.ancestors = torch.empty(max_num_reqs, rows, rows, dtype=torch.bool, device=device)
         # Which of the verified rows were accepted, the root's being 0: [S, D], anything behind the last one.
         self.way = torch.zeros(max_num_reqs, shape.num_depths, dtype=torch.int64, device=device)
         self.as_chain = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)  # [S]
         self.step: TreeStep | None = None  # None: no request verifies anything
+        self._no_tree = empty_trees(1, shape.num_nodes, device)
+        self.keep(torch.arange(max_num_reqs, device=device), self._no_tree)
 
     def begin(self, state_index: int, as_chain: bool) -> None:
         """A request takes this row. What its earlier owner drafted is not its own."""
-        self.parents[state_index] = ROOT
-        self.depths[state_index] = 1
-        self.is_node[state_index] = False
+        self.keep(torch.full((1,), state_index, device=self.way.device), self._no_tree)
         self.as_chain[state_index] = as_chain
 
     def keep(
         self,
         idx_mapping: torch.Tensor,  # [R] state row of each request
-        trees: DraftTree,
+        trees: DraftTree,  # of R requests, or one for all
     ) -> None:
         """These are verified next."""
         rows = idx_mapping.long()
         self.parents[rows], self.depths[rows], self.is_node[rows] = trees.parents, trees.depths, trees.is_node
+        self.ancestors[rows] = ancestor_mask(trees, self.shape.num_depths)
 
     def read(
         self,
@@ -89,13 +93,10 @@ class TreeStore:
             return
         num_logits = cu_num_logits.diff()
         rows = idx_mapping.long()
-        parents, depths = self.parents[rows], self.depths[rows]
-        no_tokens = torch.zeros_like(parents)
-        tree = DraftTree(no_tokens, parents, depths, no_tokens.float(), self.is_node[rows])
-        root = torch.zeros_like(depths[:, :1])
+        depths = self.depths[rows]
         self.step = TreeStep(
-            ancestor_words=packed_mask(ancestor_mask(tree, self.shape.num_depths)),
-            depths=torch.cat((root, depths), dim=1),
+            ancestor_words=packed_mask(self.ancestors[rows]),
+            depths=torch.cat((torch.zeros_like(depths[:, :1]), depths), dim=1),
             first_rows=query_start_loc[1 : len(rows) + 1] - num_logits,
             num_rows=torch.where(num_logits > 1, num_logits, 0),
             num_drafts=num_drafts.copy(),
