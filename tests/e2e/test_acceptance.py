@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.oracle import assert_same_rounds, oracle_outputs
 
 pytestmark = pytest.mark.engine
 
@@ -16,20 +16,7 @@ NUM_PROMPTS, MAX_TOKENS = 32, 128
 @pytest.fixture(scope="module")
 def oracle():
     """Plain `spec_generate` on Transformers, fp32: for each prompt the ids and every round's acceptance length."""
-    from transformers import AutoModelForCausalLM
-
-    from vllm_dflash.hf import DFlashDraftModel
-
-    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-    draft = DFlashDraftModel.from_pretrained(str(DRAFTER), dtype=torch.float32).eval()
-    outputs = []
-    for prompt in held_out_prompts(NUM_PROMPTS):
-        outputs.append(
-            draft.spec_generate(
-                input_ids=torch.tensor([prompt]), target=target, max_new_tokens=MAX_TOKENS, return_stats=True
-            )
-        )
-    return outputs
+    return oracle_outputs(DRAFTER, held_out_prompts(NUM_PROMPTS), MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +27,7 @@ def served(tmp_path_factory):
 
 
 def test_same_rounds_as_the_oracle(served, oracle):
-    for index, (steps, output) in enumerate(zip(served.step_lengths, oracle, strict=True)):
-        # vLLM's first step is the prefill's own token; its last round is cut at max_tokens.
-        assert steps[1:-1] == output.acceptance_lengths[:-1], f"prompt {index}"
+    assert_same_rounds(served, [output.acceptance_lengths for output in oracle])
 
 
 def test_same_text_as_the_oracle(served, oracle):

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config, Qwen3MoeConfig
 
 from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.oracle import assert_same_rounds, oracle_rounds
 from vllm_dflash.hf import DFlashDraftModel
 
 pytestmark = pytest.mark.engine
@@ -78,27 +79,13 @@ def drafted(run) -> bool:
     return run.counters["vllm:spec_decode_num_accepted_tokens"] > sum(map(len, run.token_ids)) / 2
 
 
-def oracle_rounds(prompts, num_nodes):
-    """Every round's acceptance length of `spec_generate` on Transformers, fp32."""
-    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-    draft = DFlashDraftModel.from_pretrained(str(DRAFTER), dtype=torch.float32).eval()
-    options = {"target": target, "max_new_tokens": MAX_TOKENS, "return_stats": True, "tree_budget": num_nodes}
-    return [draft.spec_generate(input_ids=torch.tensor([prompt]), **options).acceptance_lengths for prompt in prompts]
-
-
-def assert_oracle_rounds(run, rounds):
-    for index, (steps, expected) in enumerate(zip(run.step_lengths, rounds, strict=True)):
-        # vLLM's first step is the prefill's own token; its last round is cut at max_tokens.
-        assert steps[1:-1] == expected[:-1], f"prompt {index}"
-
-
 def test_same_tokens_as_without_speculation(treed, plain):
     assert drafted(treed["greedy"])
     assert treed["greedy"].token_ids == plain["greedy"].token_ids
 
 
 def test_same_rounds_as_the_oracle(treed, prompts):
-    assert_oracle_rounds(treed["greedy"], oracle_rounds(prompts, NUM_NODES))
+    assert_same_rounds(treed["greedy"], oracle_rounds(DRAFTER, prompts, MAX_TOKENS, NUM_NODES))
 
 
 def test_prefix_cache_hit(treed, plain):
@@ -135,7 +122,7 @@ def test_chunked_prefill(prompts, plain, tmp_path):
     llm = BASE | trees() | {"max_num_batched_tokens": 40, "max_num_seqs": 2, "enable_prefix_caching": False}
     chunked = run_engine(tmp_path, llm, [run], runner="V2")["chunked"]
     assert chunked.token_ids == plain["greedy"].token_ids[:4]
-    assert_oracle_rounds(chunked, oracle_rounds(prompts[:4], NUM_NODES))
+    assert_same_rounds(chunked, oracle_rounds(DRAFTER, prompts[:4], MAX_TOKENS, NUM_NODES))
 
 
 def test_preemption(prompts, plain, tmp_path):

@@ -11,9 +11,9 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.oracle import assert_same_rounds, oracle_rounds
 
 pytestmark = pytest.mark.engine
 
@@ -51,23 +51,7 @@ def v2(prompts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracle(prompts):
-    return oracle_rounds(DRAFTER, prompts)
-
-
-def oracle_rounds(drafter, prompts):
-    """Every round's acceptance length of plain `spec_generate` on Transformers, fp32."""
-    from transformers import AutoModelForCausalLM
-
-    from vllm_dflash.hf import DFlashDraftModel
-
-    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-    draft = DFlashDraftModel.from_pretrained(str(drafter), dtype=torch.float32).eval()
-    return [
-        draft.spec_generate(
-            input_ids=torch.tensor([prompt]), target=target, max_new_tokens=MAX_TOKENS, return_stats=True
-        ).acceptance_lengths
-        for prompt in prompts
-    ]
+    return oracle_rounds(DRAFTER, prompts, MAX_TOKENS)
 
 
 def drafted(run) -> bool:
@@ -85,9 +69,7 @@ def test_same_tokens_as_on_v1(v2, v1):
 
 
 def test_same_rounds_as_the_oracle(v2, oracle):
-    for index, (steps, rounds) in enumerate(zip(v2["batched"].step_lengths, oracle, strict=True)):
-        # vLLM's first step is the prefill's own token; its last round is cut at max_tokens.
-        assert steps[1:-1] == rounds[:-1], f"prompt {index}"
+    assert_same_rounds(v2["batched"], oracle)
 
 
 def test_prefix_cache_hit(v2, plain):
@@ -104,8 +86,7 @@ def test_chunked_prefill(prompts, plain, oracle, tmp_path):
     chunked = run_engine(tmp_path, llm, [run], runner="V2")["chunked"]
     assert chunked.token_ids == plain[:4]
     assert chunked.acceptance_length > 1.5
-    for index, (steps, rounds) in enumerate(zip(chunked.step_lengths, oracle[:4], strict=True)):
-        assert steps[1:-1] == rounds[:-1], f"prompt {index}"
+    assert_same_rounds(chunked, oracle[:4])
 
 
 def test_preemption(prompts, plain, tmp_path):
@@ -142,11 +123,10 @@ def test_sliding_and_full_layers(prompts, plain, oracle, tmp_path):
     (drafter / "config.json").write_text(json.dumps(config))
     run = RUN | {"name": "run", "prompts": prompts[:4]}
     got = run_engine(tmp_path, BASE | dflash(drafter), [run], runner="V2")["run"]
-    rounds = oracle_rounds(drafter, prompts[:4])
+    rounds = oracle_rounds(drafter, prompts[:4], MAX_TOKENS)
     assert rounds != oracle[:4], "the window changes nothing"
     assert got.token_ids == plain[:4]
-    for index, steps in enumerate(got.step_lengths):
-        assert steps[1:-1] == rounds[index][:-1], f"prompt {index}"
+    assert_same_rounds(got, rounds)
 
 
 def test_tensor_parallel(prompts, plain, tmp_path):
