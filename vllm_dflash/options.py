@@ -10,6 +10,9 @@ from typing import Any
 
 #: A wider tree costs more than a step of a large model does.
 MAX_NODES = 127
+#: Of trees whose size follows the load: beyond, a GPU's forward of one request is no longer almost free.
+AUTO = "auto"
+MAX_AUTO_NODES = 63
 
 _FLAG = '--additional-config\'s "dflash"'
 
@@ -24,16 +27,19 @@ class DFlashOptions:
     draft_vocab_size: int | None = None
     #: Which: token ids by frequency, or a corpus to count them in (draft_vocabulary.py). Default: the lowest ids.
     draft_vocab_file: str | None = None
-    #: Verify a tree of so many candidates instead of a chain (docs/trees.md).
-    tree: int | None = None
+    #: Verify a tree of so many candidates instead of a chain; "auto": of as many as pay (docs/trees.md).
+    tree: int | str | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the key and the value."""
         if self.draft_weights not in (None, "fp8"):
             raise ValueError(f'{_FLAG}: "draft_weights" must be "fp8" or absent, found {self.draft_weights!r}')
         nodes = self.tree
-        if nodes is not None and (not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MAX_NODES):
-            raise ValueError(f'{_FLAG}: "tree" must be a number of nodes from 1 to {MAX_NODES}, found {nodes!r}')
+        is_number = isinstance(nodes, int) and not isinstance(nodes, bool) and 1 <= nodes <= MAX_NODES
+        if nodes not in (None, AUTO) and not is_number:
+            raise ValueError(
+                f'{_FLAG}: "tree" must be "auto" or a number of nodes from 1 to {MAX_NODES}, found {nodes!r}'
+            )
         size = self.draft_vocab_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f'{_FLAG}: "draft_vocab_size" must be a positive integer, found {size!r}')
@@ -43,6 +49,11 @@ class DFlashOptions:
             raise ValueError(f'{_FLAG}: "draft_vocab_file" needs a "draft_vocab_size" beside it')
         if not isinstance(self.draft_vocab_file, str) or not Path(self.draft_vocab_file).is_file():
             raise ValueError(f'{_FLAG}: "draft_vocab_file" = {self.draft_vocab_file!r} is not a file')
+
+    @property
+    def num_tree_nodes(self) -> int | None:
+        """Of the largest tree that is verified; None: chains."""
+        return MAX_AUTO_NODES if isinstance(self.tree, str) else self.tree
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> DFlashOptions:

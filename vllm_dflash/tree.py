@@ -36,15 +36,6 @@ class DraftTree:
         """The tree of the first nodes, [R, num_nodes]: their parents are among them."""
         return DraftTree(*(column[:, :num_nodes] for column in vars(self).values()))
 
-    def overwrite(self, trees: DraftTree) -> None:
-        """Replace the trees of the first requests."""
-        for mine, theirs in zip(vars(self.rows(len(trees.parents))).values(), vars(trees).values(), strict=True):
-            mine.copy_(theirs)
-
-    def rows(self, num_requests: int) -> DraftTree:
-        """The trees of the first requests."""
-        return DraftTree(*(column[:num_requests] for column in vars(self).values()))
-
 
 @dataclass(frozen=True)
 class Walk:
@@ -170,7 +161,7 @@ def ancestor_mask(
 def packed_mask(
     mask: torch.Tensor,  # [..., M] bool
 ) -> torch.Tensor:
-    """A bit for each entry, [..., ceil(M / 32)] int32: entry j is bit j % 32 of word j // 32."""
+    """A bit for each entry, [..., ceil(M / 32)] int32: entry j is bit j % 32 of word j // 32. The kernels' format."""
     num_words = -(-mask.shape[-1] // WORD_BITS)
     padded = torch.nn.functional.pad(mask, (0, num_words * WORD_BITS - mask.shape[-1]))
     weights = 1 << torch.arange(WORD_BITS, device=mask.device)

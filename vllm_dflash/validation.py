@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_dflash.checkpoint import check_tensors, read_tensor_shapes
 from vllm_dflash.config import DFlashConfig
+from vllm_dflash.options import AUTO, MAX_NODES, DFlashOptions
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,20 @@ def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) 
     return requested
 
 
-def resolve_num_tree_nodes(num_nodes: int, requested: int | None) -> int:
-    """What vLLM's scheduler takes for K with draft trees: a slot a node. Raises ValueError where K says otherwise."""
+def resolve_num_tree_nodes(options: DFlashOptions, requested: int | None) -> int:
+    """What vLLM's scheduler takes for K with draft trees: a slot a node. Where these follow the load, K is their most.
+
+    Raises ValueError where K says otherwise.
+    """
+    num_nodes = options.num_tree_nodes
+    assert num_nodes is not None, "no tree is asked for"
+    if options.tree == AUTO and requested is not None:
+        if not isinstance(requested, int) or not 1 <= requested <= MAX_NODES:
+            raise ValueError(
+                f'--speculative-config\'s "num_speculative_tokens" = {requested!r}: the most nodes of a "tree": "auto" '
+                f"must be from 1 to {MAX_NODES}"
+            )
+        return requested
     if requested not in (None, num_nodes):
         raise ValueError(
             f'--speculative-config\'s "num_speculative_tokens" = {requested!r}, but --additional-config\'s "dflash" '

@@ -24,6 +24,29 @@ def oracle_outputs(
     return [draft.spec_generate(input_ids=torch.tensor([prompt]), **options) for prompt in prompts]
 
 
+def assert_same_but_near_ties(
+    got: list[list[int]], expected: list[list[int]], prompts: list[list[int]], most: int, margin: float = 0.15
+) -> None:
+    """Texts of bf16 engines: where two first differ, rounding decided between logits that are almost the same.
+
+    At most `most` texts differ, and in fp32 each of their tokens is less than `margin` behind the likeliest one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    differing = [index for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)) if ours != theirs]
+    assert len(differing) <= most, f"prompts {differing}"
+    for index in differing:
+        pairs = zip(got[index], expected[index], strict=True)
+        place = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
+        text = torch.tensor([prompts[index] + expected[index][:place]])
+        with torch.inference_mode():
+            logits = target(text).logits[0, -1]
+        behind = (logits.max() - logits[[got[index][place], expected[index][place]]]).tolist()
+        assert max(behind) < margin, f"prompt {index}, token {place}: {behind} behind the likeliest"
+
+
 def oracle_rounds(
     drafter: Path, prompts: list[list[int]], max_tokens: int, tree_budget: int | None = None
 ) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e.engines import PAIR, TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.oracle import assert_same_but_near_ties
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
@@ -81,3 +82,41 @@ def test_fp8_kv_cache(tmp_path):
     same = sum(a == b for a, b in zip(got.token_ids, plain.token_ids, strict=True))
     assert same >= NUM_PROMPTS // 2  # FP8 keys and values make near-ties common
     assert got.acceptance_length > 3
+
+
+NUM_NODES = 31
+
+
+def with_trees(**llm):
+    return generate(llm.pop("folder"), **dflash(), additional_config={"dflash": {"tree": NUM_NODES}}, **llm)
+
+
+@pytest.fixture(scope="module")
+def treed(tmp_path_factory):
+    """Draft trees, all other defaults."""
+    return with_trees(folder=tmp_path_factory.mktemp("trees"))
+
+
+def test_trees_leave_the_text_alone(treed, in_graphs, plain):
+    assert_same_but_near_ties(treed.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+    assert treed.acceptance_length > 1.1 * in_graphs.acceptance_length
+
+
+def test_trees_in_graphs_are_trees_outside(treed, tmp_path):
+    eager = with_trees(folder=tmp_path, compilation_config={"cudagraph_mode": "NONE"})
+    assert_same_but_near_ties(eager.token_ids, treed.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 8)
+    assert eager.acceptance_length == pytest.approx(treed.acceptance_length, rel=0.02)
+
+
+def test_trees_of_prompts_in_pieces(treed, tmp_path):
+    """Verifications and prompts in one batch, outside of the graphs of decode steps."""
+    pieces = with_trees(folder=tmp_path, max_num_batched_tokens=256, max_num_seqs=4)
+    assert_same_but_near_ties(pieces.token_ids, treed.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+    assert pieces.acceptance_length == pytest.approx(treed.acceptance_length, rel=0.02)
+
+
+def test_trees_that_follow_the_load(treed, plain, tmp_path):
+    """Requests of other numbers of nodes, which the device shares out, in graphs for any of them."""
+    auto = generate(tmp_path, **dflash(), additional_config={"dflash": {"tree": "auto"}})
+    assert_same_but_near_ties(auto.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+    assert auto.acceptance_length > 3

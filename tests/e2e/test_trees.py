@@ -38,7 +38,7 @@ TOY = {
 MIXED = RUN | {"name": "mixed", "sampling": MIXED_SAMPLING}
 
 
-def trees(num_nodes: int = NUM_NODES) -> dict:
+def trees(num_nodes: int | str = NUM_NODES) -> dict:
     return dflash() | {"additional_config": {"dflash": {"tree": num_nodes}}}
 
 
@@ -148,6 +148,19 @@ def test_nodes_by_batch_size(prompts, plain, tmp_path):
         assert max(steps) == 1
     for steps in got.step_lengths[2:]:
         assert set(steps[:12]) == {1} and max(steps[16:]) > 1
+
+
+def test_nodes_that_follow_the_load(prompts, plain, tmp_path):
+    """Six requests have room for so many nodes that not all pay: the device shares them out. Prompts in pieces beside
+    verifications, penalties and grammars beside trees: the text is the same."""
+    llm = BASE | trees("auto") | {"skip_tokenizer_init": False, "max_num_batched_tokens": 320}
+    llm["speculative_config"]["num_speculative_tokens"] = 23
+    run = MIXED | {"prompts": prompts}
+    mixed = run_engine(tmp_path, llm, [run], runner="V2", VLLM_CPU_OMP_THREADS_BIND="nobind")["mixed"]
+    assert mixed.token_ids == plain["mixed"].token_ids
+    assert mixed.counters["vllm:spec_decode_num_accepted_tokens"] > NUM_PROMPTS
+    nodes = mixed.counters["vllm:spec_decode_num_draft_tokens"] / mixed.counters["vllm:spec_decode_num_drafts"]
+    assert 3 < nodes < 22, "not shared out"
 
 
 def test_tensor_parallel(prompts, plain, tmp_path):

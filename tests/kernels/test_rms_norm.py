@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from vllm_dflash.kernels.rms_norm import Normed, norm_rows, reference_norm_rows
+from vllm_dflash.kernels.rms_norm import Normed, divide_rows, norm_rows, reference_norm_rows
 
 
 def test_by_hand(device: str) -> None:
@@ -43,3 +43,16 @@ def test_no_rows(device: str) -> None:
 def test_squares_of_other_rows_are_refused() -> None:
     with pytest.raises(AssertionError):
         Normed(torch.ones(3, 16), torch.ones(1, 4), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "k", "parts"), [(1, 64, 1), (5, 96, 3)])
+def test_both_halves_are_a_norm(device: str, num_rows: int, k: int, parts: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(k)
+    x = torch.randn(num_rows, k, device=device).to(dtype)
+    weight = torch.rand(k, device=device).to(dtype)
+    squares = x.float().square().view(num_rows, parts, -1).sum(dim=2).t().contiguous()
+    got = divide_rows(Normed((x.float() * weight).to(dtype), squares, 1e-6))
+    expected = torch.nn.functional.rms_norm(x.double(), (k,), weight.double(), 1e-6).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 1.6e-2  # bf16: rounded twice
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)

@@ -10,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dflash.kernels.tree_attention import merge_tree_attention, reference_merge_tree_attention
+from vllm_dflash.kernels.tree_attention import (
+    Tile,
+    choose_tile,
+    merge_tree_attention,
+    reference_merge_tree_attention,
+)
 from vllm_dflash.tree import DraftTree, ancestor_mask, packed_mask
 
 
@@ -73,17 +78,28 @@ class Step:
         values = values.float().repeat_interleave(self.group, dim=1)
         return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
 
-    def merge(self, out: torch.Tensor, lse: torch.Tensor, ancestors: torch.Tensor) -> None:
-        words = packed_mask(ancestors)
-        merge_tree_attention(
-            out, lse, self.query, self.key, self.value, words, self.first_rows, self.num_rows, self.scale
-        )
+    def merge(
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        ancestors: torch.Tensor,
+        max_rows: int | None = None,
+        tile: Tile | None = None,
+    ) -> None:
+        # Of a state whose rows are in another order, with one of nobody's among them.
+        order = list(range(len(ancestors)))[::-1]
+        words = torch.full((1 + len(order), *packed_mask(ancestors).shape[1:]), -1, dtype=torch.int32)
+        words = words.to(ancestors.device)
+        words[order] = packed_mask(ancestors)
+        state_rows = torch.tensor(order, dtype=torch.int32, device=ancestors.device)
+        rows = (state_rows, self.first_rows, self.num_rows)
+        merge_tree_attention(out, lse, self.query, self.key, self.value, words, *rows, self.scale, max_rows, tile)
 
 
-def check(step: Step, ancestors: torch.Tensor, dtype: torch.dtype) -> None:
+def check(step: Step, ancestors: torch.Tensor, dtype: torch.dtype, tile: Tile | None = None) -> None:
     out, lse = step.prefix(dtype)
     before = out.clone()
-    step.merge(out, lse, ancestors)
+    step.merge(out, lse, ancestors, tile=tile)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for request, count in enumerate(step.num_rows.tolist()):
         first = int(step.first_rows[request])
@@ -102,6 +118,33 @@ def test_as_one_softmax(
     """Trees of several words, cut ones, requests without any, heads in groups, sizes that are no power of two."""
     step = Step(num_rows, heads, head_dim, dtype, device)
     check(step, random_masks(len(num_rows), num_nodes, seed=1).to(device), dtype)
+
+
+@pytest.mark.parametrize("max_rows", [9, 500])
+def test_a_bound_of_rows(device: str, max_rows: int) -> None:
+    """Fewer programs where trees are known to be cut, and no more than whole ones where they are not."""
+    step = Step([9, 3], (2, 1), 32, torch.float32, device)
+    ancestors = random_masks(2, 39, seed=2).to(device)
+    out, lse = step.prefix(torch.float32)
+    step.merge(out, lse, ancestors, max_rows)
+    for request, (first, count) in enumerate(zip(step.first_rows.tolist(), step.num_rows.tolist(), strict=True)):
+        whole = step.whole(request, ancestors)
+        torch.testing.assert_close(out[first : first + count], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles() -> None:
+    """Few requests are cut small; many are not, nor larger than what there is of them."""
+    assert choose_tile(1, 8, 128, 32) == Tile(16, 32)
+    assert choose_tile(1, 8, 256, 64) == Tile(16, 64)
+    assert choose_tile(32, 8, 128, 32) == Tile(64)
+    assert choose_tile(64, 8, 32, 8) == Tile(32, num_warps=2)
+    assert choose_tile(1, 8, 128, 32, is_gpu=False) == Tile(64)
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 64), Tile(32, num_warps=2), Tile(64)])
+def test_any_tile(device: str, tile: Tile) -> None:
+    step = Step([40, 0, 9], (6, 2), 32, torch.float32, device)
+    check(step, random_masks(3, 39, seed=6).to(device), torch.float32, tile)
 
 
 @settings(max_examples=20, deadline=None)

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.compat.trees.sampler import TreeSampler
 from vllm_dflash.compat.trees.store import TreeStore
-from vllm_dflash.tree import ROOT, DraftTree
+from vllm_dflash.tree import ROOT
 
 ALPHA = 1e-4
 NUM_REQUESTS, VOCAB = 300, 4
@@ -29,11 +29,12 @@ def bigram_logits() -> torch.Tensor:
 
 def sampled_texts(device: str, planted_bias: float = 0.0) -> list[list[int]]:
     """What each request gains in one step, at temperature 1."""
-    trees = TreeStore(NUM_REQUESTS, TreeShape(num_nodes=4, num_depths=2), torch.device(device))
-    columns = [torch.tensor([column] * NUM_REQUESTS, device=device) for column in (TOKENS, PARENTS, DEPTHS)]
-    is_node = torch.ones(NUM_REQUESTS, 4, dtype=torch.bool, device=device)
+    shape = TreeShape(num_nodes=4, num_depths=2, num_choices=4)
+    trees = TreeStore(NUM_REQUESTS, 5 * NUM_REQUESTS, shape, torch.device(device))
+    trees.trees.parents[:] = torch.tensor(PARENTS, device=device)
+    trees.trees.depths[:] = torch.tensor(DEPTHS, device=device)
+    trees.trees.is_node.fill_(True)
     everyone = torch.arange(NUM_REQUESTS, device=device)
-    trees.keep(everyone, DraftTree(*columns, columns[0].float(), is_node))
     row_tokens = torch.tensor([0, *TOKENS] * NUM_REQUESTS, device=device)
     logits = bigram_logits().to(device)[row_tokens]
     logits.view(NUM_REQUESTS, 5, VOCAB)[:, 0, [1, 2]] += planted_bias

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 from types import SimpleNamespace
 
-from vllm.config import ParallelConfig, SpeculativeConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.helpers import (
@@ -28,7 +28,9 @@ from tests.helpers import (
     write_drafter,
 )
 from vllm_dflash.compat import engine_args as engine_args_module
+from vllm_dflash.compat.engine_args import planned_nodes
 from vllm_dflash.compat.ownership import draft_tree, drafts_here
+from vllm_dflash.logs import logger
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_k_that_is_no_number_of_tokens_is_refused(target: str, drafter: str, giv
 # Trees: a slot of the scheduler for each node.
 
 
-def treed(target: str, drafter: str, num_nodes: int, **config: Any) -> SpeculativeConfig:
+def treed(target: str, drafter: str, num_nodes: int | str, **config: Any) -> SpeculativeConfig:
     """The speculative config alone: an engine needs the V2 runner, which needs Triton."""
     config = {"method": "dflash", "model": drafter} | config
     args = engine_args(target, speculative_config=config, additional_config={"dflash": {"tree": num_nodes}})
@@ -122,11 +124,50 @@ def treed(target: str, drafter: str, num_nodes: int, **config: Any) -> Speculati
     return made
 
 
-@pytest.mark.parametrize(("num_nodes", "num_depths"), [(31, 15), (6, 6)])
-def test_a_tree_says_how_many_tokens_are_verified(target: str, drafter: str, num_nodes: int, num_depths: int) -> None:
-    config = treed(target, drafter, num_nodes)
+@pytest.mark.parametrize(
+    ("tree", "num_nodes", "num_depths", "is_auto"), [(31, 31, 15, False), (6, 6, 6, False), ("auto", 63, 15, True)]
+)
+def test_a_tree_says_how_many_tokens_are_verified(
+    target: str, drafter: str, tree: int | str, num_nodes: int, num_depths: int, is_auto: bool
+) -> None:
+    config = treed(target, drafter, tree)
     assert config.num_speculative_tokens == num_nodes
-    assert draft_tree(SimpleNamespace(speculative_config=config)) == (num_nodes, num_depths)
+    shape = draft_tree(SimpleNamespace(speculative_config=config))
+    assert shape == (num_nodes, num_depths, num_nodes, is_auto)
+
+
+def test_trees_that_follow_the_load_may_have_a_most(target: str, drafter: str) -> None:
+    config = treed(target, drafter, "auto", num_speculative_tokens=24)
+    assert config.num_speculative_tokens == 24
+    assert draft_tree(SimpleNamespace(speculative_config=config)) == (24, 15, 24, True)
+    with pytest.raises(ValueError, match='"num_speculative_tokens" = 128: .* from 1 to 127'):
+        treed(target, drafter, "auto", num_speculative_tokens=128)
+
+
+def test_recurrent_targets_keep_the_chain(
+    target: str, drafter: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
+    config = treed(target, drafter, 31)
+    assert config.num_speculative_tokens == 15
+    assert draft_tree(SimpleNamespace(speculative_config=config)) is None
+    assert "has recurrent state, so chains are drafted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((63, 256, 8192), [(1, 64, 63), (65, 128, 31), (129, 256, 15)]),
+        ((63, 64, 8192), [(1, 64, 63)]),
+        ((63, 1024, 8192), [(1, 64, 63), (65, 128, 31), (129, 256, 15), (257, 512, 7), (513, 1024, 3)]),
+        ((63, 8, 64), [(1, 1, 31), (2, 2, 15), (3, 4, 7), (5, 8, 3)]),
+        ((63, 100, 64), [(1, 1, 31), (2, 2, 15), (3, 4, 7), (5, 8, 3), (9, 100, 1)]),
+    ],
+)
+def test_what_the_scheduler_plans_for(sizes: tuple[int, int, int], expected: list[tuple[int, int, int]]) -> None:
+    """Half of a step's tokens at most, as long as there is a node a request."""
+    assert planned_nodes(*sizes) == expected
 
 
 def test_chains_have_no_tree(target: str, drafter: str) -> None:

@@ -113,9 +113,15 @@ def test_draft_vocab_file_that_is_no_path(value: Any) -> None:
 
 @pytest.mark.parametrize("nodes", [1, 31, 127])
 def test_a_tree_has_so_many_nodes(nodes: int) -> None:
-    assert parse(tree=nodes).tree == nodes
+    assert parse(tree=nodes).num_tree_nodes == nodes
 
 
-@pytest.mark.parametrize("nodes", [0, 128, -1, True, 2.5, "31", "auto"])
+def test_a_tree_of_as_many_nodes_as_pay() -> None:
+    assert parse(tree="auto").num_tree_nodes == 63
+    assert parse().num_tree_nodes is None
+
+
+@pytest.mark.parametrize("nodes", [0, 128, -1, True, 2.5, "31", "Auto"])
 def test_a_tree_of_what(nodes: Any) -> None:
-    assert f'{FLAG}: "tree" must be a number of nodes from 1 to 127, found {nodes!r}' in complaint(tree=nodes)
+    found = f'{FLAG}: "tree" must be "auto" or a number of nodes from 1 to 127, found {nodes!r}'
+    assert found in complaint(tree=nodes)

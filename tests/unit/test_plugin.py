@@ -143,12 +143,19 @@ def test_only_claimed_engines_are_ours() -> None:
     assert not ownership.drafts_here(SimpleNamespace(speculative_config=None))
 
 
-def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching, "_originals", {})
-    runner = SimpleNamespace(
+def model_runner() -> Any:
+    """vLLM's module, as far as it is patched."""
+    return SimpleNamespace(
         init_speculator=lambda *arguments: ("vLLM's", arguments),
         init_model_state=lambda *arguments: ("vLLM's", arguments),
+        maybe_create_adaptive_verification_manager=lambda **options: ("vLLM's", options),
+        resolve_adaptive_cudagraph_mode=lambda mode, **options: ("vLLM's", mode),
     )
+
+
+def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    runner = model_runner()
     monkeypatch.setitem(
         sys.modules, "vllm_dflash.compat.runner_v2", SimpleNamespace(V2Adapter=lambda *given: ("ours", given))
     )
@@ -161,8 +168,7 @@ def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytes
 
 def test_targets_of_trees_alone_get_a_state_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "_originals", {})
-    theirs = lambda *arguments: ("vLLM's", arguments)  # noqa: E731
-    runner = SimpleNamespace(init_speculator=theirs, init_model_state=theirs)
+    runner = model_runner()
     checked: list[Any] = []
     ours = SimpleNamespace(
         TreeModelState=lambda *given: ("ours", given), check_target_state=lambda *g: checked.append(g)
@@ -174,8 +180,35 @@ def test_targets_of_trees_alone_get_a_state_of_ours(monkeypatch: pytest.MonkeyPa
     ownership.claim(treed.speculative_config, DRAFTER, num_tree_nodes=2)
     for config in (other, chained):
         assert runner.init_model_state(config, "model", None, "cuda") == ("vLLM's", (config, "model", None, "cuda"))
-    assert runner.init_model_state(treed, "model", None, "cuda") == ("ours", (treed, "model", None, "cuda", (2, 2)))
+    assert runner.init_model_state(treed, "model", None, "cuda") == (
+        "ours",
+        (treed, "model", None, "cuda", (2, 2, 2, False)),
+    )
     assert checked == [(treed, "model")]
+
+
+def test_a_budget_of_ours_is_the_answer_to_whether_it_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    runner = model_runner()
+    select_v2.install(runner)  # type: ignore[arg-type]
+    given = {"req_states": "states", "query_start_loc": "starts", "num_bonus_tokens": 1, "max_total_logits": 9}
+    make = runner.maybe_create_adaptive_verification_manager
+    for enabled in (True, False):
+        options = given | {"enable_adaptive_verification": enabled, "vllm_config": "config"}
+        assert make(**options) == ("vLLM's", options)
+    budget = SimpleNamespace(begin=lambda *begun: ("ours", begun))
+    made = make(enable_adaptive_verification=budget, vllm_config="config", **given)
+    assert made == ("ours", ("states", "starts", 1, 9))
+
+
+def test_engines_without_graphs_keep_their_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    runner = model_runner()
+    select_v2.install(runner)  # type: ignore[arg-type]
+    with_graphs, without = (SimpleNamespace(has_full_cudagraphs=lambda has=has: has) for has in (True, False))
+    resolve = runner.resolve_adaptive_cudagraph_mode
+    assert resolve(with_graphs, piecewise_capture_available=True) == ("vLLM's", with_graphs)
+    assert resolve(without, piecewise_capture_available=True) is without
 
 
 # Patching.

@@ -10,18 +10,20 @@ default counts requests.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
-from vllm_dflash.compat.ownership import drafts_here
+from vllm_dflash.compat.ownership import draft_tree, drafts_here
 from vllm_dflash.logs import logger
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, SchedulerConfig, VllmConfig
 
 #: Neighbouring sizes differ by at most 1/16: a batch between them is padded, and above some hundred rows each padding
 #: row costs as much as a real one.
 _FINENESS = 16
+#: With trees of varying size: up to how many rows each eighth is captured, and how many rows a request at most.
+_FINEST, _ROWS_EACH = 256, 8
 
 
 def install(config: ModuleType) -> None:
@@ -41,6 +43,10 @@ def set_cudagraph_sizes(self: VllmConfig) -> None:
     patching.original(VllmConfig, "_set_cudagraph_sizes")(self)
     if chosen_by_user or not compilation.cudagraph_capture_sizes or not drafts_here(self):
         return
+    shape = draft_tree(self)
+    if shape is not None and shape.is_auto:
+        _capture(compilation, varying_sizes(self.scheduler_config), compile_sizes)
+        return
     scheduler, num_query_rows = self.scheduler_config, self.uniform_decode_query_len
     full_batch, limit = scheduler.max_num_seqs * num_query_rows, scheduler.max_num_batched_tokens
     if full_batch > limit:
@@ -51,11 +57,21 @@ def set_cudagraph_sizes(self: VllmConfig) -> None:
             scheduler.max_num_seqs, full_batch, num_query_rows, limit, limit // num_query_rows,
         )  # fmt: skip
     most = min(scheduler.max_num_seqs, limit // num_query_rows)
-    sizes = {count * num_query_rows for count in request_counts(most)}
-    compilation.cudagraph_capture_sizes = sorted(sizes | set(compilation.cudagraph_capture_sizes))
+    _capture(compilation, {count * num_query_rows for count in request_counts(most)}, compile_sizes)
+
+
+def _capture(compilation: CompilationConfig, sizes: set[int], compile_sizes: Any) -> None:
+    """These sizes too."""
+    compilation.cudagraph_capture_sizes = sorted(sizes | set(compilation.cudagraph_capture_sizes or []))
     compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
     compilation.compile_sizes = compile_sizes  # may name the capture sizes, which vLLM then spells out
     compilation.post_init_cudagraph_sizes()
+
+
+def varying_sizes(scheduler: SchedulerConfig) -> set[int]:
+    """Rows of steps that verify any number of nodes: up to eight rows a request, of which more seldom pay."""
+    most = min(scheduler.max_num_batched_tokens, max(_FINEST, _ROWS_EACH * scheduler.max_num_seqs))
+    return set(range(8, min(most, _FINEST) + 1, 8)) | set(range(_FINEST, most + 1, 64))
 
 
 def request_counts(max_num_seqs: int) -> list[int]:

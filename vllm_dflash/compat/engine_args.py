@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
-from vllm_dflash.compat.ownership import claim, draft_tree, drafts_here
+from vllm_dflash.compat.ownership import claim, draft_tree, drafts_here, plan_drafting_slots
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
 from vllm_dflash.logs import logger
-from vllm_dflash.options import DFlashOptions
+from vllm_dflash.options import AUTO, DFlashOptions
 from vllm_dflash.validation import (
     TargetFacts,
     check_checkpoint,
@@ -54,10 +54,8 @@ def create_speculative_config(
     config = DFlashConfig.from_dict(raw, source=str(user["model"]))
     options = DFlashOptions.from_additional_config(self.additional_config)
     requested = user.get("num_speculative_tokens")
-    if options.tree is not None:
-        num_speculative_tokens = resolve_num_tree_nodes(options.tree, requested)
-    else:
-        num_speculative_tokens = _resolve_num_speculative_tokens(config, raw, requested)
+    num_nodes = _num_tree_nodes(options, target_model_config, requested)
+    num_speculative_tokens = num_nodes or _resolve_num_speculative_tokens(config, raw, requested)
     check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"))
     check_pair(config, _facts(target_model_config))
     if self.load_format != "dummy":
@@ -65,7 +63,7 @@ def create_speculative_config(
     if requested != num_speculative_tokens:
         self.speculative_config = {**(self.speculative_config or {}), "num_speculative_tokens": num_speculative_tokens}
     speculative = make(self, target_model_config, target_parallel_config)
-    claim(speculative, config, _draft_vocabulary(options, target_model_config), options.tree)
+    claim(speculative, config, _draft_vocabulary(options, target_model_config), num_nodes, options.tree == AUTO)
     return speculative
 
 
@@ -74,12 +72,54 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
     from vllm.engine.arg_utils import EngineArgs
 
     vllm_config: VllmConfig = patching.original(EngineArgs, "create_engine_config")(self, *args, **kwargs)
-    if drafts_here(vllm_config) and draft_tree(vllm_config) and not vllm_config.use_v2_model_runner:
+    shape = draft_tree(vllm_config) if drafts_here(vllm_config) else None
+    if shape is None:
+        return vllm_config
+    if not vllm_config.use_v2_model_runner:
         raise ValueError(
             '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 model runner, but this engine has the V1 runner: '
             "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment, or leave it out"
         )
+    scheduler = vllm_config.scheduler_config
+    # The adapter has memory of its own for blocks. What a forward over them takes is profiled for a full step's rows.
+    all_blocks = scheduler.max_num_seqs * (1 + shape.num_depths)
+    plan_drafting_slots(vllm_config, 0 if all_blocks <= scheduler.max_num_batched_tokens else shape.num_depths)
+    if shape.is_auto:
+        if vllm_config.lora_config is not None:
+            raise ValueError('--additional-config\'s "dflash": "tree" = "auto" does not go together with --enable-lora')
+        _plan_for_load(vllm_config, shape.num_nodes)
     return vllm_config
+
+
+def _plan_for_load(vllm_config: VllmConfig, num_nodes: int) -> None:
+    """Have vLLM's scheduler plan for fewer nodes a request where many requests would fill its step by themselves."""
+    speculative, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    assert speculative is not None
+    # vLLM's schedule by batch size is not for data parallelism, whose ranks have batches of their own.
+    if speculative.num_speculative_tokens_per_batch_size or vllm_config.parallel_config.data_parallel_size > 1:
+        return
+    speculative.num_speculative_tokens_per_batch_size = planned_nodes(
+        num_nodes, scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+    )
+
+
+def planned_nodes(num_nodes: int, max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, int, int]]:
+    """Nodes a request by batch size, as vLLM's `num_speculative_tokens_per_batch_size`.
+
+    Verifications take at most half of a step's tokens, so that prompts get the other. Example: 63 nodes, 256 requests
+    and 8192 tokens give (1, 64, 63), (65, 128, 31), (129, 256, 15).
+    """
+    schedule: list[tuple[int, int, int]] = []
+    first = 1
+    while first <= max_num_seqs:
+        most = max_num_batched_tokens // 2 // (1 + num_nodes)
+        if num_nodes == 1:
+            most = max_num_seqs
+        if most >= first:
+            schedule.append((first, min(most, max_num_seqs), num_nodes))
+            first = schedule[-1][1] + 1
+        num_nodes = max(1, num_nodes // 2)
+    return schedule
 
 
 def _user_config(args: EngineArgs) -> dict[str, Any]:
@@ -106,6 +146,17 @@ def _read_drafter(user: dict[str, Any]) -> dict[str, Any] | None:
             '--speculative-config with "method": "dflash" needs a "model": the drafter\'s directory or hub id'
         )
     return None if "://" in str(model) else read_config_dict(model, user.get("revision"))
+
+
+def _num_tree_nodes(options: DFlashOptions, target: ModelConfig, requested: int | None) -> int | None:
+    """Of the largest tree that is verified; None: chains."""
+    if options.tree is None:
+        return None
+    if target.is_hybrid:
+        # What a recurrent layer remembers of one branch of a tree cannot be taken back for another.
+        logger.warning("vllm_dflash: %s has recurrent state, so chains are drafted, no trees", target.model)
+        return None
+    return resolve_num_tree_nodes(options, requested)
 
 
 def _resolve_num_speculative_tokens(config: DFlashConfig, raw: dict[str, Any], requested: int | None) -> int:

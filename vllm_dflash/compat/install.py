@@ -18,8 +18,10 @@ def install() -> None:
     _installed = True
     register_post_import_hook(_engine_args, "vllm.engine.arg_utils")
     register_post_import_hook(_config, "vllm.config.vllm")
+    register_post_import_hook(_speculative, "vllm.config.speculative")
     register_post_import_hook(_runner_v1, "vllm.v1.worker.gpu_model_runner")
     register_post_import_hook(_runner_v2, "vllm.v1.worker.gpu.model_runner")
+    register_post_import_hook(_scheduler, "vllm.v1.core.sched.scheduler")
     register_post_import_hook(_rejection_cpu, "vllm.v1.sample.rejection_sampler")
 
 
@@ -36,6 +38,12 @@ def _config(module: ModuleType) -> None:
     capture_sizes.install(module)
 
 
+def _speculative(module: ModuleType) -> None:
+    from vllm_dflash.compat import drafting_slots
+
+    drafting_slots.install(module)
+
+
 def _runner_v1(module: ModuleType) -> None:
     from vllm_dflash.compat import select_v1
 
@@ -43,9 +51,16 @@ def _runner_v1(module: ModuleType) -> None:
 
 
 def _runner_v2(module: ModuleType) -> None:
-    from vllm_dflash.compat import select_v2
+    from vllm_dflash.compat import select_v2, verified_nodes
 
     select_v2.install(module)
+    verified_nodes.install_runner(module)
+
+
+def _scheduler(module: ModuleType) -> None:
+    from vllm_dflash.compat import verified_nodes
+
+    verified_nodes.install_scheduler(module)
 
 
 def _rejection_cpu(module: ModuleType) -> None:

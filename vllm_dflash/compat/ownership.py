@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _MARK = "drafted_by_vllm_dflash"
 _VOCABULARY = "vllm_dflash_draft_vocabulary"
 _TREE = "vllm_dflash_draft_tree"
+_SLOTS = "vllm_dflash_drafting_slots"
 
 
 class TreeShape(NamedTuple):
@@ -22,6 +23,8 @@ class TreeShape(NamedTuple):
 
     num_nodes: int  # vLLM's num_speculative_tokens
     num_depths: int  # of the drafted block
+    num_choices: int  # of a depth that are looked at
+    is_auto: bool = False  # how many of the nodes are verified is chosen at every step
 
 
 def claim(
@@ -29,16 +32,20 @@ def claim(
     config: DFlashConfig,
     draft_vocabulary: Sequence[int] | None = None,
     num_tree_nodes: int | None = None,
+    is_auto: bool = False,
 ) -> None:
     """Mark an engine's speculative config: this plugin drafts for it, all tokens or those of `draft_vocabulary`,
-    chains or trees of `num_tree_nodes`.
+    chains or trees of `num_tree_nodes`, or, if `is_auto`, of up to so many.
 
     Also says which of the target's layers to tap, where both of vLLM's runners look first, on every pipeline rank.
     """
     hf_config = speculative.draft_model_config.hf_config
     setattr(hf_config, _MARK, True)
     setattr(hf_config, _VOCABULARY, None if draft_vocabulary is None else tuple(draft_vocabulary))
-    tree = None if num_tree_nodes is None else (num_tree_nodes, min(num_tree_nodes, config.num_speculative_tokens))
+    tree = None
+    if num_tree_nodes is not None:
+        depths = min(num_tree_nodes, config.num_speculative_tokens)
+        tree = (num_tree_nodes, depths, min(num_tree_nodes, config.vocab_size), is_auto)
     setattr(hf_config, _TREE, tree)
     hf_config.eagle_aux_hidden_state_layer_ids = config.aux_hidden_state_layer_ids
 
@@ -61,3 +68,15 @@ def draft_tree(vllm_config: VllmConfig) -> TreeShape | None:
     """The draft trees of an engine of ours; None: chains."""
     shape = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _TREE)
     return None if shape is None else TreeShape(*shape)
+
+
+def plan_drafting_slots(vllm_config: VllmConfig, num_slots: int) -> None:
+    """Say what vLLM's scheduler sets aside for drafting, of its tokens of a step, for each request."""
+    setattr(vllm_config.speculative_config.draft_model_config.hf_config, _SLOTS, num_slots)
+
+
+def drafting_slots(speculative: SpeculativeConfig) -> int | None:
+    """What was said; None: nothing."""
+    model = getattr(speculative, "draft_model_config", None)
+    slots: int | None = getattr(getattr(model, "hf_config", None), _SLOTS, None)
+    return slots

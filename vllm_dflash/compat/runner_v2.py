@@ -25,6 +25,7 @@ from vllm_dflash.compat.draft_attention import DraftAttention
 from vllm_dflash.compat.draft_graphs import DraftGraphs
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
 from vllm_dflash.compat.ownership import draft_tree
+from vllm_dflash.compat.trees.budget import TreeBudget
 from vllm_dflash.compat.trees.drafting import TreeDrafting
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.logs import logger
@@ -33,6 +34,7 @@ from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import AnchorSource, BlockInputs, DFlashProposer, Drafts, StepInputs
 from vllm_dflash.proposer.sampling import Sampler, greedy_drafts, mask_rows
 from vllm_dflash.proposer.staging import StagedStep, StagingLimits
+from vllm_dflash.proposer.tapped_states import TappedStates
 
 
 class V2Adapter(DraftModelSpeculator):
@@ -44,8 +46,12 @@ class V2Adapter(DraftModelSpeculator):
         draft_config = self.draft_model_config
         self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
         shape = draft_tree(vllm_config)
-        self.trees = TreeDrafting(shape, self.max_num_reqs, device) if shape else None
-        self.num_verified_rows = 1 + self.num_speculative_steps
+        self.trees = TreeDrafting(shape, self.max_num_reqs, self.max_num_tokens, device) if shape else None
+        self.budget: TreeBudget | None = None
+        if shape and shape.is_auto:
+            self.budget = TreeBudget(self.max_num_reqs, shape.num_nodes, device)
+            self.enable_adaptive_verification: Any = self.budget  # what the runner takes it from
+        # Also the rows that are read of a verification: of a tree, a way down.
         self.num_query_per_req = 1 + (shape.num_depths if shape else self.num_speculative_steps)
         self.graphs: DraftGraphs | None = None
         self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
@@ -74,6 +80,8 @@ class V2Adapter(DraftModelSpeculator):
         if self.trees:
             layers = self.vllm_config.compilation_config.static_forward_context
             self.trees.bind(model_state.trees, {name: layers[name] for name in self.target_attn_layer_names})
+        if self.budget:
+            self.budget.bind(model_state.trees, model_state.model, self.dtype, self.max_model_len)
         kernel_block_sizes = [groups[0].kernel_block_size if groups else None for groups in self.attn_groups]
         attention = DraftAttention(self.model, self.vllm_config, kv_cache_config, self.device, kernel_block_sizes)
         # The runner reads its speculator's groups by KV-cache group.
@@ -104,7 +112,8 @@ class V2Adapter(DraftModelSpeculator):
             )
             full = False
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
-        self.graphs = DraftGraphs(self.vllm_config, self.device, mode, self.num_query_per_req)
+        own_sizes = self.trees is not None
+        self.graphs = DraftGraphs(self.vllm_config, self.device, mode, self.num_query_per_req, own_sizes)
 
     def capture(self) -> None:
         """Capture the drafting step at every batch size."""
@@ -158,8 +167,6 @@ class V2Adapter(DraftModelSpeculator):
         num_reqs, num_rows = input_batch.num_reqs, input_batch.num_tokens
         if skip_attn_for_dummy_run:
             return self._profile(aux_hidden_states, num_reqs, num_rows)
-        if self.trees:
-            aux_hidden_states = self.trees.compact(input_batch, slot_mappings, aux_hidden_states, num_sampled)
         if self._needs_logits:
             self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run)
         step = StepInputs(
@@ -172,55 +179,53 @@ class V2Adapter(DraftModelSpeculator):
             block_tables=self.staged.block_tables,
             max_seq_len=self.max_model_len,
         )
+        max_query_len = int(input_batch.num_scheduled_tokens.max())
+        tapped = TappedStates(aux_hidden_states, num_rows)
+        if self.trees:
+            step, tapped = self.trees.accepted(input_batch, step, tapped, slot_mappings, num_sampled)
+            max_query_len = max(max_query_len, self.num_query_per_req)
         desc, sync = self._dispatch(num_reqs, dp_sync_state, is_profile)
         # To the graph's size; without one, to what the data-parallel ranks agreed on.
         num_reqs_padded = desc.num_tokens // self.num_query_per_req
         in_graph = self._num_graph_context_rows(num_reqs_padded) if desc.cg_mode == CUDAGraphMode.FULL else 0
-        max_query_len = int(input_batch.num_scheduled_tokens.max())
-        self.staged.write(step, max_query_len, num_reqs_padded, max(num_rows, in_graph))
+        self.staged.write(step, max_query_len, num_reqs_padded, max(tapped.num_rows, in_graph))
         if dummy_run:
             self.staged.write_nothing()
-        if num_speculative_tokens == 0:
-            self._inject_from(aux_hidden_states, 0, num_rows)
+        drafts = num_speculative_tokens != 0 and (self.budget is None or dummy_run or self.budget.drafts)
+        if not drafts:
+            self._inject_from(tapped, 0)
+            self.draft_tokens[:num_reqs].zero_()  # they may be verified as candidates that nobody drafted
         elif desc.cg_mode == CUDAGraphMode.FULL:
-            self._replay(desc, input_batch, aux_hidden_states, in_graph)
+            self._replay(desc, input_batch, tapped, in_graph)
         else:
-            self._inject_from(aux_hidden_states, 0, num_rows)
+            self._inject_from(tapped, 0)
             block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
             self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
-        if self.trees and num_speculative_tokens != 0 and not dummy_run:
-            self.trees.hand_over(input_batch.idx_mapping)
         return self.draft_tokens[:num_reqs]
 
     def _replay(
         self,
         desc: BatchExecutionDescriptor,
         input_batch: InputBatch,
-        aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
+        tapped: TappedStates,
         num_graph_rows: int,
     ) -> None:
         """Run the captured step. Context rows beyond the graph's, a prefill's, are injected first."""
         assert self.graphs is not None and desc.num_reqs is not None
-        num_rows = input_batch.num_tokens
-        self._inject_from(aux_hidden_states, num_graph_rows, num_rows)
-        inside = min(num_rows, num_graph_rows)
-        torch.cat([states[:inside] for states in aux_hidden_states], dim=-1, out=self._graph_features()[:inside])
+        self._inject_from(tapped, num_graph_rows)
+        inside = min(tapped.num_rows, num_graph_rows)
+        tapped.write(self._graph_features()[:inside], 0, inside)
         if not self.supports_decode_metadata_update:
             # Some builders keep what the graph reads in buffers of their own, which this fills.
             self._build_metadata(self._block(input_batch, desc.num_reqs))
         self.graphs.run_fullgraph(desc)
 
-    def _inject_from(
-        self,
-        aux_hidden_states: list[torch.Tensor],  # F tensors [>= T, H]
-        start: int,
-        end: int,
-    ) -> None:
-        """Inject context rows start..end-1 outside of a graph."""
-        if start < end:
-            features = torch.cat([states[start:end] for states in aux_hidden_states], dim=-1)
-            self.proposer.inject(features, self.staged.context_rows(start, end))
+    def _inject_from(self, tapped: TappedStates, start: int) -> None:
+        """Inject context rows from `start` on outside of a graph."""
+        if start < tapped.num_rows:
+            features = tapped.features(start, tapped.num_rows)
+            self.proposer.inject(features, self.staged.context_rows(start, tapped.num_rows))
 
     def _block(self, input_batch: InputBatch, num_reqs: int) -> BlockInputs:
         num_query_rows = self.num_query_per_req
@@ -285,8 +290,8 @@ class V2Adapter(DraftModelSpeculator):
         """The likeliest candidates of the block's distributions."""
         assert self.trees is not None
         logits = self.compute_draft_logits(mask_rows(hidden_states, block.num_query_rows), 0)
-        logits = logits.unflatten(0, (-1, block.num_query_rows - 1))
-        return self.trees.draft(logits, self.idx_mapping[: len(logits)], self.temperature)
+        num_reqs = len(logits) // (block.num_query_rows - 1)
+        return self.trees.draft(logits, self.idx_mapping[:num_reqs], self.temperature)
 
     def _sample_with_logits(
         self,
@@ -321,21 +326,20 @@ class V2Adapter(DraftModelSpeculator):
 
     def _keep(self, drafts: Drafts) -> None:
         self.draft_tokens[: drafts.token_ids.shape[0]].copy_(drafts.token_ids)
-        if self.trees and drafts.trees:
-            self.trees.note(drafts.trees)
 
     def _max_context_rows(self) -> int:
-        return max(self.max_num_tokens, self._num_graph_context_rows(self.max_num_reqs))
+        most = max(self.max_num_tokens, self._num_graph_context_rows(self.max_num_reqs))
+        return self.trees.most_rows(self.max_num_reqs, most) if self.trees else most
 
     def _num_graph_context_rows(self, num_reqs: int) -> int:
-        """Context rows of a graph of `num_reqs` requests: a whole verification each."""
-        return min(num_reqs * self.num_verified_rows, self.max_num_tokens)
+        """Context rows of a graph of `num_reqs` requests: all that can be accepted of a verification each."""
+        return min(num_reqs * self.num_query_per_req, self.max_num_tokens)
 
     def _graph_features(self) -> torch.Tensor:
         """Fixed memory for the context features of the largest graph, made when it is first needed."""
         if self.features is None:
-            largest = self.vllm_config.compilation_config.max_cudagraph_capture_size // self.num_query_per_req
-            num_rows = self._num_graph_context_rows(min(largest, self.max_num_reqs))
+            assert self.graphs is not None
+            num_rows = self._num_graph_context_rows(self.graphs.most_requests)
             width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
             self.features = torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)
         return self.features

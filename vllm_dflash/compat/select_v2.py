@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V2 model runner's choice of a speculator, and of what it asks about a model between its steps.
 
-Patches: the names `init_speculator` and `init_model_state` in `vllm.v1.worker.gpu.model_runner`. Reason: both choose by
-if-chains over methods and models. Added: this package's adapter for plain DFlash drafters, and where these draft trees
-a model state that verifies them; all others get what vLLM chooses. Removable when vLLM has registries of both.
+Patches: the names `init_speculator`, `init_model_state` and `maybe_create_adaptive_verification_manager` in
+`vllm.v1.worker.gpu.model_runner`. Reason: these choose by if-chains over methods and models. Added: this package's
+adapter for plain DFlash drafters, and where these draft trees a model state that verifies them and a budget for them;
+all others get what vLLM chooses. Removable when vLLM has registries of them.
+
+Patches there too: `resolve_adaptive_cudagraph_mode`. Reason: it takes an engine without CUDA graphs for a mistake.
+Added: such engines keep their mode. Removable when adaptive verification runs eagerly.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 def install(model_runner: ModuleType) -> None:
     """Patch `vllm.v1.worker.gpu.model_runner`."""
     make, make_state = model_runner.init_speculator, model_runner.init_model_state
+    make_budget = model_runner.maybe_create_adaptive_verification_manager
+    choose_mode = model_runner.resolve_adaptive_cudagraph_mode
 
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
         """vLLM's function, with our adapter for our engines. Same signature."""
@@ -42,5 +48,20 @@ def install(model_runner: ModuleType) -> None:
         check_target_state(vllm_config, model)
         return TreeModelState(vllm_config, model, encoder_cache, device, shape)
 
+    def make_adaptive_verification(*, enable_adaptive_verification: Any, **options: Any) -> Any:
+        """vLLM's function; our speculator's answer to whether it is enabled is the budget itself. Same signature."""
+        if enable_adaptive_verification in (True, False):
+            return make_budget(enable_adaptive_verification=enable_adaptive_verification, **options)
+        names = ("req_states", "query_start_loc", "num_bonus_tokens", "max_total_logits")
+        return enable_adaptive_verification.begin(*(options[name] for name in names))
+
+    def resolve_mode(mode: Any, *, piecewise_capture_available: bool) -> Any:
+        """vLLM's function for modes with full graphs. Same signature."""
+        if not mode.has_full_cudagraphs():
+            return mode
+        return choose_mode(mode, piecewise_capture_available=piecewise_capture_available)
+
     patching.replace(model_runner, "init_speculator", init_speculator)
+    patching.replace(model_runner, "maybe_create_adaptive_verification_manager", make_adaptive_verification)
+    patching.replace(model_runner, "resolve_adaptive_cudagraph_mode", resolve_mode)
     patching.replace(model_runner, "init_model_state", init_model_state)

@@ -3,7 +3,8 @@
 """An RMSNorm in two halves, so that neither needs a launch or a pass of its own.
 
 RMSNorm(x) @ W is ((x * norm weight) @ W) / rms(x). Who writes x multiplies it by the norm's weight and adds up the
-squares; the product that follows divides its sums. Only rows that no kernel of this package wrote take `norm_rows`.
+squares; the product that follows divides its sums. Only rows that no kernel of this package wrote take `norm_rows`, and
+only those that no product of this package reads take `divide_rows`.
 
 Letters: M rows, K columns, P parts of a row.
 """
@@ -45,6 +46,29 @@ def norm_rows(
             x, weight, rows, squares, x.stride(0), K=k, BLOCK_K=triton.next_power_of_2(k), num_warps=8
         )
     return Normed(rows, squares, eps)
+
+
+def divide_rows(normed: Normed) -> torch.Tensor:
+    """The second half, where no product follows: [M, K]."""
+    num_rows, k = normed.rows.shape
+    out = torch.empty_like(normed.rows)
+    parts = normed.squares.shape[0]
+    if num_rows:
+        _divide_rows_kernel[(num_rows,)](
+            normed.rows,
+            normed.squares,
+            out,
+            normed.eps,
+            num_rows,
+            normed.rows.stride(0),
+            out.stride(0),
+            K=k,
+            PARTS=parts,
+            BLOCK_PARTS=triton.next_power_of_2(parts),
+            BLOCK_K=triton.next_power_of_2(k),
+            num_warps=8,
+        )
+    return out
 
 
 @triton.jit
@@ -92,6 +116,30 @@ def _norm_rows_kernel(
     scaled, squares = scaled_and_squares(x[None, :], tl.load(weight_ptr + columns, mask=mask, other=0.0))
     tl.store(rows_ptr + row * K + columns[None, :], scaled, mask=mask[None, :])
     tl.store(squares_ptr + row + tl.arange(0, 1), squares)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _divide_rows_kernel(
+    rows_ptr,  # [M, K]
+    squares_ptr,  # [PARTS, M]
+    out_ptr,  # [M, K]
+    eps,
+    num_rows,
+    rows_stride,
+    out_stride,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    mask = columns < K
+    rows = tl.load(rows_ptr + row * rows_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    one = row + tl.zeros([1], tl.int64)
+    scale = inverse_rms(squares_ptr, one, one < num_rows, num_rows, eps, K, PARTS, BLOCK_PARTS)
+    divided = rows[None, :] * scale[:, None]
+    tl.store(out_ptr + row * out_stride + columns[None, :], divided.to(out_ptr.dtype.element_ty), mask=mask[None, :])
 
 
 def reference_norm_rows(

@@ -6,19 +6,44 @@ The prefix is the same for all rows of a request, so any attention kernel that r
 What is left is small: 1 + N rows by 1 + N, from this step's own q, k and v, under one bit for each pair. Softmax over
 both parts follows from each part's log-sum-exp.
 
-Letters: T rows of the step, R requests, N nodes, W words of 32 bits, D head size. The query heads that share a K/V head
-are more rows of one product.
+Letters: T rows of the step, R requests, S rows of the runner's state, N nodes, W words of 32 bits, D head size. The
+query heads that share a K/V head are more rows of one product.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_dflash.tree import WORD_BITS
 
-BLOCK_ROWS = 64  # of query rows times heads of a group
-BLOCK_KEYS = 32
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program does."""
+
+    block_rows: int  # of query rows times heads of a group
+    block_keys: int = 32
+    num_warps: int = 4
+
+
+#: Programs that run at once on a GPU of the size that the tiles were measured on, and a few more.
+_FEW_PROGRAMS = 160
+
+
+def choose_tile(num_requests: int, num_kv_heads: int, num_rows: int, num_keys: int, is_gpu: bool = True) -> Tile:
+    """The tile for requests of so many rows, heads of a group counted, by so many keys. Measured on an H200.
+
+    While there are few programs, more and smaller ones are done sooner. Not in Triton's interpreter, which runs them
+    one by one.
+    """
+    if not is_gpu:
+        return Tile(64)
+    if num_requests * num_kv_heads * triton.cdiv(num_rows, 64) < _FEW_PROGRAMS:
+        return Tile(16, 32 if num_keys <= 32 else 64)
+    return Tile(64) if num_rows > 32 else Tile(32, num_warps=2)
 
 
 def merge_tree_attention(
@@ -27,13 +52,17 @@ def merge_tree_attention(
     query: torch.Tensor,  # [T, heads, D]
     key: torch.Tensor,  # [T, K/V heads, D]
     value: torch.Tensor,  # [T, K/V heads, D]
-    ancestor_words: torch.Tensor,  # [R, 1+N, W] int32; bit j of row i: row i sees row j
-    first_rows: torch.Tensor,  # [R] each tree's root among the T rows
-    num_rows: torch.Tensor,  # [R] rows of each tree, its first ones; 0: none
+    ancestor_words: torch.Tensor,  # [S, 1+N, W] int32; bit j of row i: row i sees row j
+    state_rows: torch.Tensor,  # [R] int32 whose tree each request verifies
+    first_rows: torch.Tensor,  # [R] int32 each tree's root among the T rows
+    num_rows: torch.Tensor,  # [R] int32 rows of each tree, its first ones; 0: none
     scale: float,
+    max_rows: int | None = None,  # of any request; None: 1 + N
+    tile: Tile | None = None,
 ) -> None:
     """Add the trees to the attention of their rows. Other rows are not touched."""
-    num_requests, max_rows, num_words = ancestor_words.shape
+    num_requests, (_, row_stride, num_words) = len(state_rows), ancestor_words.shape
+    max_rows = row_stride if max_rows is None else min(max_rows, row_stride)
     num_heads, num_kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[2]
     group = num_heads // num_kv_heads
     assert max_rows <= num_words * WORD_BITS and ancestor_words.is_contiguous(), f"{tuple(ancestor_words.shape)}"
@@ -41,13 +70,15 @@ def merge_tree_attention(
     assert prefix_lse.shape == (num_heads, query.shape[0]), f"{tuple(prefix_lse.shape)}"
     if not num_requests:
         return
-    _merge_tree_attention_kernel[(num_requests, num_kv_heads, triton.cdiv(max_rows * group, BLOCK_ROWS))](
+    tile = tile or choose_tile(num_requests, num_kv_heads, max_rows * group, max_rows, query.is_cuda)
+    _merge_tree_attention_kernel[(num_requests, num_kv_heads, triton.cdiv(max_rows * group, tile.block_rows))](
         out,
         prefix_lse,
         query,
         key,
         value,
         ancestor_words,
+        state_rows,
         first_rows,
         num_rows,
         scale,
@@ -62,13 +93,15 @@ def merge_tree_attention(
         value.stride(0),
         value.stride(1),
         GROUP=group,
-        MAX_ROWS=max_rows,
+        WORD_ROWS=row_stride,
         WORDS=num_words,
         WORD_BITS=WORD_BITS,
         D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_KEYS=BLOCK_KEYS,
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_KEYS=tile.block_keys,
+        num_warps=tile.num_warps,
+        num_stages=1,  # most trees are one step of keys, and registers decide
     )
 
 
@@ -79,7 +112,8 @@ def _merge_tree_attention_kernel(
     query_ptr,  # [T, heads, D]
     key_ptr,  # [T, K/V heads, D]
     value_ptr,  # [T, K/V heads, D]
-    words_ptr,  # [R, MAX_ROWS, WORDS]
+    words_ptr,  # [S, WORD_ROWS, WORDS]
+    state_rows_ptr,  # [R]
     first_rows_ptr,  # [R]
     num_rows_ptr,  # [R]
     scale,
@@ -94,7 +128,7 @@ def _merge_tree_attention_kernel(
     value_row_stride,
     value_head_stride,
     GROUP: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
+    WORD_ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     WORD_BITS: tl.constexpr,
     D: tl.constexpr,
@@ -106,6 +140,9 @@ def _merge_tree_attention_kernel(
     kv_head = tl.program_id(1)
     first = tl.load(first_rows_ptr + request).to(tl.int64)
     num_rows = tl.load(num_rows_ptr + request)
+    if tl.program_id(2) * BLOCK_ROWS >= num_rows * GROUP:
+        return
+    words_ptr += tl.load(state_rows_ptr + request).to(tl.int64) * WORD_ROWS * WORDS
     flat = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows = flat // GROUP
     heads = kv_head * GROUP + flat % GROUP
@@ -119,10 +156,15 @@ def _merge_tree_attention_kernel(
         mask=in_query,
         other=0.0,
     )
+    # Asked for before they are needed, so that they come while the tree is looked at.
+    pointers = out_ptr + (first + rows)[:, None] * out_row_stride + heads[:, None] * out_head_stride + columns[None, :]
+    prefix = tl.load(pointers, mask=in_query, other=0.0)
+    lse = tl.load(lse_ptr + heads * lse_head_stride + (first + rows) * lse_row_stride, mask=is_row, other=0.0)
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for start in range(0, MAX_ROWS, BLOCK_KEYS):
+    for start in range(0, num_rows, BLOCK_KEYS):
         keys = start + tl.arange(0, BLOCK_KEYS)
         is_key = keys < num_rows
         in_keys = is_key[:, None] & is_column[None, :]
@@ -137,7 +179,7 @@ def _merge_tree_attention_kernel(
             other=0.0,
         )
         words = tl.load(
-            words_ptr + (request * MAX_ROWS + rows)[:, None] * WORDS + (keys // WORD_BITS)[None, :],
+            words_ptr + rows[:, None] * WORDS + (keys // WORD_BITS)[None, :],
             mask=is_row[:, None] & is_key[None, :],
             other=0,
         )
@@ -152,14 +194,11 @@ def _merge_tree_attention_kernel(
         sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         top = new_top
 
-    lse = tl.load(lse_ptr + heads * lse_head_stride + (first + rows) * lse_row_stride, mask=is_row, other=0.0)
-    lse = tl.where(lse == float("inf"), float("-inf"), lse)
     highest = tl.maximum(lse, top)
     highest = tl.where(is_row, highest, 0.0)
     of_prefix = tl.exp(lse - highest)
     of_tree = tl.exp(top - highest)
-    pointers = out_ptr + (first + rows)[:, None] * out_row_stride + heads[:, None] * out_head_stride + columns[None, :]
-    prefix = tl.load(pointers, mask=in_query & (of_prefix > 0)[:, None], other=0.0).to(tl.float32)
+    prefix = tl.where((of_prefix > 0)[:, None], prefix.to(tl.float32), 0.0)  # without a prefix it may be anything
     merged = prefix * of_prefix[:, None] + sums * of_tree[:, None]
     merged = merged / tl.where(is_row, of_prefix + total * of_tree, 1.0)[:, None]
     tl.store(pointers, merged.to(out_ptr.dtype.element_ty), mask=in_query)

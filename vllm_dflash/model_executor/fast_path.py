@@ -3,9 +3,9 @@
 
 A block of one request has 16 rows: its forward costs what its weights cost to read, and every launch beside the matrix
 products leaves the memory idle. So norms, SwiGLU and residuals ride on the products, norm, rotation and cache write of
-the attention's inputs are one launch, and the logits are reduced to their maximum where they are computed. The
-arithmetic is that of draft_model.py's modules, for greedy drafts of plain drafters on one GPU; the rest goes through
-those.
+the attention's inputs are one launch, and where only likeliest tokens count, logits are reduced to their maximum where
+they are computed. The arithmetic is that of draft_model.py's modules, for plain drafters on one GPU; the rest goes
+through those.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ def draft_block(
     positions: torch.Tensor,  # [R*Q]
     slot_mappings: Sequence[torch.Tensor],  # L tensors [R*Q]
     attn_metadata: Mapping[str, Any],
-    num_query_rows: int,
     await_context: Callable[[], None],  # called before the first attention
-) -> torch.Tensor:
-    """The likeliest token of each mask row, [R, K]."""
+) -> Normed:
+    """The hidden states of the block's rows [R*Q, H], on their way through the last norm."""
     eps, layers = model.config.rms_norm_eps, model.backbone.layers
     states = model.embed(input_ids)  # [R*Q, H], the residual stream
     normed = norm_rows(states, layers[0].input_layernorm.weight, eps)
@@ -75,6 +74,15 @@ def draft_block(
         states, normed = _linear_normed(heads, layer.self_attn.o_proj, states, layer.post_attention_layernorm, eps)
         activated = _linear(normed, layer.mlp.gate_up_proj, silu_and_mul=True)
         states, normed = _linear_normed(activated, layer.mlp.down_proj, states, next_norm, eps)
+    return normed
+
+
+def likeliest_tokens(
+    model: DFlashDraftModel,
+    normed: Normed,  # [R*Q, H]
+    num_query_rows: int,
+) -> torch.Tensor:
+    """Of each mask row, [R, K]."""
     weight, scale = weight_and_scale(model.lm_head)
     tokens = argmax_linear(
         normed.rows,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
+from vllm_dflash.kernels.rms_norm import divide_rows
 from vllm_dflash.kernels.skinny_linear import MAX_SKINNY_ROWS
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
-from vllm_dflash.model_executor.fast_path import draft_block, obstacle
+from vllm_dflash.model_executor.fast_path import draft_block, likeliest_tokens, obstacle
 from vllm_dflash.model_executor.injection import Injection
 from vllm_dflash.proposer.block_inputs import block_inputs, context_rows
 from vllm_dflash.proposer.denoise import AttentionMetadataBuilder, denoise
@@ -33,7 +34,7 @@ class DFlashProposer:
         self.vllm_config = vllm_config
         self.layers = [attention.attn for attention in model.attentions]
         self._sampler = sampler
-        self.fast_path_obstacle = "more than the likeliest tokens" if sampler is not greedy_drafts else obstacle(model)
+        self.fast_path_obstacle = obstacle(model)
         self._group_of_layer: list[int] = []
         self._block_sizes: tuple[int, ...] = ()
         self._injection: Injection | None = None
@@ -128,7 +129,10 @@ class DFlashProposer:
     ) -> Drafts:
         slots = [block.slot_mappings[group] for group in self._group_of_layer]
         rows = (block.input_ids, block.positions, slots)
-        return Drafts(draft_block(self.model, *rows, attn_metadata, block.num_query_rows, await_context))
+        normed = draft_block(self.model, *rows, attn_metadata, await_context)
+        if self._sampler is greedy_drafts:
+            return Drafts(likeliest_tokens(self.model, normed, block.num_query_rows))
+        return self._sampler(self.model, divide_rows(normed), block)
 
     def _is_fast(self, block: BlockInputs) -> bool:
         return self.fast_path_obstacle is None and block.input_ids.shape[0] <= MAX_SKINNY_ROWS

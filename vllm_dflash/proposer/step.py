@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dflash.tree import DraftTree
-
 #: A slot that no kernel writes to.
 PADDING_SLOT = -1
 
@@ -95,4 +93,3 @@ class Drafts:
     """The drafted tokens."""
 
     token_ids: torch.Tensor  # [R, K]; of trees [R, N]
-    trees: DraftTree | None = None  # what the tokens are candidates of; None: a chain

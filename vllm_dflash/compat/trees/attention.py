@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a target's layers over a prefix and a tree: a candidate sees the prefix, its ancestors and itself.
 
-On a CPU, vLLM's kernel knows no such mask, and packs its K/V by instruction set. So these layers lay out their K/V as
-on a GPU, row by row, and attention to the prefix is PyTorch's. The rest is the same kernel as anywhere.
+The prefix is the same for all rows of a verification. So the attention backend's own kernel does that part, as it would
+for a text that does not look ahead at itself, and says how much it weighs: the log-sum-exp of its scores. One Triton
+kernel adds the other part, that of the tree.
 
-Letters: T rows of the step, R requests, Q rows of a request, S slots of one.
+Letters: T rows of the step.
 """
 
 from __future__ import annotations
@@ -14,142 +15,65 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_dflash.compat.trees import FLAG
-from vllm_dflash.compat.trees.store import TreeStore
+from vllm_dflash.compat.trees.store import TreeStep, TreeStore
 from vllm_dflash.kernels.tree_attention import merge_tree_attention
 
 
 def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
     """Let all of a target's layers verify trees. Raises ValueError for a layer that cannot."""
-    layers = [(name, module) for name, module in target.named_modules() if isinstance(module, Attention)]
-    for name, layer in layers:
+    for name, layer in target.named_modules():
+        if not isinstance(layer, Attention):
+            continue
         impl = layer.impl
-        if type(impl) is not CPUAttentionBackendImpl:
+        with_trees = _with_trees(impl)
+        if with_trees is None:
             raise ValueError(f"{FLAG} is not available with {type(impl).__name__}, which {name} uses: leave it out")
-        without = {
-            "sinks": impl.sinks is not None,
-            "ALiBi": impl.alibi_slopes is not None,
-            "a soft cap": bool(impl.logits_soft_cap),
-            "a quantized KV cache": impl.is_fp8_kv_cache,
-            "another layer's K/V": impl.kv_sharing_target_layer_name is not None,
-            # Then candidates would have to be hidden from each other by their distance.
-            f"a window of {impl.sliding_window} rows": 0 <= impl.sliding_window <= trees.shape.num_depths,
-        }
-        found = [what for what, is_there in without.items() if is_there]
+        found = [what for what, is_there in with_trees.obstacles(impl, trees.shape.num_depths).items() if is_there]
         if found:
             raise ValueError(f"{FLAG} is not available with {' and '.join(found)}, which {name} has: leave it out")
-        impl.__class__ = CPUTreeAttention
+        impl.__class__ = with_trees
         impl.trees = trees
 
 
-class CPUTreeAttention(CPUAttentionBackendImpl):
-    """vLLM's CPU attention layer with a mask for each request."""
+def _with_trees(impl: AttentionImpl) -> Any:
+    """The class that an attention backend's layers become, or None."""
+    name = type(impl).__name__
+    if name == "CPUAttentionBackendImpl":
+        from vllm_dflash.compat.trees.attention_cpu import CPUTreeAttention
 
-    trees: TreeStore
+        return CPUTreeAttention
+    if name == "FlashAttentionImpl":
+        from vllm_dflash.compat.trees.attention_flash import FlashTreeAttention
 
-    def do_kv_cache_update(
-        self,
-        layer: nn.Module,
-        key: torch.Tensor,  # [T, K/V heads, D]
-        value: torch.Tensor,  # [T, K/V heads, D]
-        kv_cache: torch.Tensor,  # [blocks, K/V heads, block size, 2*D]
-        slot_mapping: torch.Tensor,  # [T]; negative: padding
-    ) -> None:
-        """Write the step's rows."""
-        block_size, num_rows = kv_cache.shape[2], len(slot_mapping)
-        rows = (slot_mapping >= 0).nonzero().flatten()
-        slots = slot_mapping[rows]
-        states = torch.cat((key[:num_rows], value[:num_rows]), dim=-1)[rows]
-        kv_cache[slots // block_size, :, slots % block_size] = states
-
-    def forward(
-        self,
-        layer: nn.Module,
-        query: torch.Tensor,  # [T, heads, D]
-        key: torch.Tensor,  # [T, K/V heads, D]
-        value: torch.Tensor,  # [T, K/V heads, D]
-        kv_cache: torch.Tensor,  # [blocks, K/V heads, block size, 2*D]
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,  # [T, heads, D]
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention over the cached rows, request by request."""
-        if attn_metadata is None:  # warm-up
-            return output
-        step = self.trees.step
-        lse = torch.full((self.num_heads, len(query)), float("-inf"))
-        starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
-        for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
-            num_tree_rows = 0 if step is None or not step.num_drafts[index] else 1 + int(step.num_drafts[index])
-            root = end - num_tree_rows
-            prefix = lengths[index] - num_tree_rows
-            keys, values = self._cached(kv_cache, attn_metadata.block_table[index], lengths[index])
-            if start < root:
-                causal = visible_slots(torch.arange(prefix - (root - start), prefix), prefix, self.sliding_window)
-                self._attend(query, output, lse, slice(start, root), keys[:, :prefix], values[:, :prefix], causal)
-            if step is not None and root < end:
-                positions = prefix + step.depths[index, :num_tree_rows]
-                before = visible_slots(positions, prefix, self.sliding_window)
-                self._attend(query, output, lse, slice(root, end), keys[:, :prefix], values[:, :prefix], before)
-        if step is not None:
-            merge_tree_attention(
-                output.view(len(query), self.num_heads, -1),
-                lse,
-                query,
-                key,
-                value,
-                step.ancestor_words,
-                step.first_rows,
-                step.num_rows,
-                self.scale,
-            )
-        return output
-
-    def _attend(
-        self,
-        query: torch.Tensor,  # [T, heads, D]
-        output: torch.Tensor,  # [T, heads, D]
-        lse: torch.Tensor,  # [heads, T] fp32
-        rows: slice,  # Q of the T
-        keys: torch.Tensor,  # [K/V heads, S, D]
-        values: torch.Tensor,  # [K/V heads, S, D]
-        visible: torch.Tensor,  # [Q, S] bool
-    ) -> None:
-        """Some rows of one request over some of its slots: their output, and the log-sum-exp of their scores."""
-        group = self.num_heads // self.num_kv_heads
-        keys, values = keys.float().repeat_interleave(group, dim=0), values.float().repeat_interleave(group, dim=0)
-        scores = query[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * self.scale  # [heads, Q, S]
-        scores = scores.masked_fill(~visible, float("-inf"))
-        lse[:, rows] = scores.logsumexp(dim=-1)
-        weights = (scores - lse[:, rows, None]).exp()
-        out = (weights @ values).transpose(0, 1)
-        output.view(len(query), self.num_heads, -1)[rows] = out.to(output.dtype)
-
-    def _cached(
-        self,
-        kv_cache: torch.Tensor,  # [blocks, K/V heads, block size, 2*D]
-        blocks: torch.Tensor,  # [blocks of the request]
-        length: int,  # S
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One request's keys and values, each [K/V heads, S, D]."""
-        block_size = kv_cache.shape[2]
-        own = kv_cache[blocks[: -(-length // block_size)].long()]  # [blocks, heads, block size, 2*D]
-        states: Any = own.transpose(0, 1).flatten(1, 2)[:, :length]
-        keys, values = states.chunk(2, dim=-1)
-        return keys, values
+        return FlashTreeAttention
+    return None
 
 
-def visible_slots(
-    positions: torch.Tensor,  # [Q] of the rows
-    num_slots: int,  # S; a slot's position is its number
-    sliding_window: int,  # positions that a row sees, itself included; < 0: all
-) -> torch.Tensor:
-    """Which slots of a text the rows see, [Q, S] bool: those up to themselves."""
-    slots = torch.arange(num_slots)
-    visible = slots <= positions[:, None]
-    if sliding_window >= 0:
-        visible &= positions[:, None] - slots < sliding_window
-    return visible
+def add_trees(
+    impl: Any,  # of heads and a scale
+    trees: TreeStore,
+    step: TreeStep,
+    query: torch.Tensor,  # [T, heads, D]
+    key: torch.Tensor,  # [T, K/V heads, D]
+    value: torch.Tensor,  # [T, K/V heads, D]
+    output: torch.Tensor,  # [T, heads, D] in: attention over the prefix; out: over both
+    prefix_lse: torch.Tensor,  # [heads, T] fp32
+) -> None:
+    """The trees' part of their rows' attention. Other rows are not touched."""
+    rows, num_reqs = step.rows, step.num_reqs
+    merge_tree_attention(
+        output.view(len(output), impl.num_heads, -1),
+        prefix_lse,
+        query,
+        key,
+        value,
+        trees.trees.words,
+        rows.state_rows[:num_reqs],
+        rows.first_rows[:num_reqs],
+        rows.num_rows[:num_reqs],
+        impl.scale,
+        step.max_rows,
+    )

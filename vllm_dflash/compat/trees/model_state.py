@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
@@ -19,12 +21,13 @@ from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.compat.trees import FLAG
 from vllm_dflash.compat.trees.attention import use_tree_attention
 from vllm_dflash.compat.trees.sampler import TreeSampler
-from vllm_dflash.compat.trees.store import TreeStore
+from vllm_dflash.compat.trees.store import TreeStep, TreeStore
 
 
 class TreeModelState(DefaultModelState):
@@ -45,9 +48,13 @@ class TreeModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         if self.rope_state is not None:
             raise ValueError(f"{FLAG}: {type(model).__name__} has positions of several axes (M-RoPE): leave it out")
-        self.trees = TreeStore(self.max_num_reqs, shape, device)
+        if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+            raise ValueError(
+                f"{FLAG} does not go together with CUDA graphs of whole mixed batches: set --compilation-config's "
+                '"cudagraph_mode" to "FULL_AND_PIECEWISE" or "FULL_DECODE_ONLY" instead of "FULL"'
+            )
+        self.trees = TreeStore(self.max_num_reqs, self.max_num_tokens, shape, device)
         use_tree_attention(model, self.trees)
-        self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self.all_as_chain = False
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -55,25 +62,67 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.trees.begin(req_index, self.all_as_chain or depends_on_path(new_req_data.sampling_params))
 
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Attention metadata; in a graph, of the prefixes that verified rows see."""
+        self.trees.begin_step(input_batch, cudagraph_mode == CUDAGraphMode.FULL, for_capture)
+        batch = (block_tables, slot_mappings, attn_groups, kv_cache_config)
+        if self.trees.step is not None and self.trees.step.is_whole:
+            return self._prepare_prefix_attn(input_batch, self.trees.step, *batch, for_capture)
+        return super().prepare_attn(input_batch, cudagraph_mode, *batch, for_capture=for_capture, **options)
+
+    def _prepare_prefix_attn(
+        self,
+        input_batch: InputBatch,
+        step: TreeStep,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool,
+    ) -> dict[str, Any]:
+        """Metadata of a whole graph: rows see all of a prefix, whatever their order."""
+        num_reqs, bounds = step.num_reqs, input_batch.seq_lens_cpu_upper_bound
+        metadata: dict[str, Any] = build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=step.num_rows,
+            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
+            max_query_len=step.max_rows,
+            seq_lens=step.rows.prefix_lens,
+            max_seq_len=self.max_model_len if for_capture else int(bounds[:num_reqs].max()),
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=bounds,
+            positions=input_batch.positions,
+            is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+            for_cudagraph_capture=for_capture,
+            causal=False,
+            req_idx=input_batch.idx_mapping_np,
+        )
+        return metadata
+
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, torch.Tensor | None]:
         """The positions of a step's rows, [rows after padding]."""
-        self.trees.begin_step(
-            input_batch.idx_mapping,
-            input_batch.query_start_loc,
-            input_batch.cu_num_logits,
-            input_batch.num_draft_tokens_per_req,
-        )
-        positions = self.positions[: input_batch.num_tokens_after_padding]
-        positions.copy_(input_batch.positions[: input_batch.num_tokens_after_padding])
-        if self.trees.step is not None:
-            local_rows = input_batch.expanded_local_pos
-            depths = self.trees.row_depths(input_batch.expanded_idx_mapping, local_rows)
-            positions[input_batch.logits_indices] += depths - local_rows
+        positions = self.trees.rows.positions[: input_batch.num_tokens_after_padding]
         return super().prepare_inputs(input_batch, req_states) | {"positions": positions}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """The same for made-up steps: graphs read the memory they were captured with."""
-        return super().prepare_dummy_inputs(num_reqs, num_tokens) | {"positions": self.positions[:num_tokens]}
+        return super().prepare_dummy_inputs(num_reqs, num_tokens) | {
+            "positions": self.trees.rows.positions[:num_tokens]
+        }
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
         """vLLM's sampler where nothing is verified, and ours where trees are."""

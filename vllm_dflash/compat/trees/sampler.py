@@ -10,16 +10,19 @@ Letters: L verified rows of all requests, R requests, N nodes, D depths, V vocab
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_dflash.compat.trees.store import TreeStore
-from vllm_dflash.tree import walk
+from vllm_dflash.kernels.tree_walk import walk_trees
 
 
 class TreeSampler(RejectionSampler):
@@ -30,14 +33,28 @@ class TreeSampler(RejectionSampler):
     ) -> None:
         super().__init__(sampler, speculative, device)
         self.trees = trees
+        self.enable_adaptive_verification = trees.shape.is_auto
         self._rows_by_output: torch.Tensor | None = None
+
+    def _verify_in_chunks(
+        self,
+        logits: torch.Tensor,  # [L, V]
+        input_batch: InputBatch,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,  # [L] the token of each row
+        pos: torch.Tensor,  # [L] slot position of each row
+        *options: Any,
+    ) -> Any:
+        """vLLM's method over candidates that stand where their depth says."""
+        pos = self.trees.rows.positions[input_batch.logits_indices]
+        return super()._verify_in_chunks(logits, input_batch, draft_logits, draft_sampled, pos, *options)
 
     def _verify(
         self,
         logits: torch.Tensor,  # [L, V]
         draft_logits: torch.Tensor | None,
         draft_sampled: torch.Tensor,  # [L] the token of each row
-        pos: torch.Tensor,  # [L] slot position of each row
+        pos: torch.Tensor,  # [L] each token's position
         cu_num_logits: torch.Tensor,  # [R+1]
         idx_mapping: torch.Tensor,  # [R]
         idx_mapping_np: np.ndarray,
@@ -47,14 +64,12 @@ class TreeSampler(RejectionSampler):
         verify_draft_sampled: torch.Tensor,  # [L] the same, -1 where a token must not be accepted
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Processed logits [L, V], sampled tokens [R, 1+N] and how many of them count [R]."""
-        depths = self.trees.row_depths(expanded_idx_mapping, expanded_local_pos)
-        positions = pos - expanded_local_pos + depths
         processed = self.sampler.apply_sampling_params(
             logits,
             expanded_idx_mapping,
             idx_mapping,
             idx_mapping_np,
-            positions,
+            pos,
             draft_sampled,
             expanded_local_pos,
             seq_lens_upper_bound_np,
@@ -64,57 +79,24 @@ class TreeSampler(RejectionSampler):
             expanded_idx_mapping,
             self.sampler.sampling_states.temperature.gpu,
             self.sampler.sampling_states.seeds.gpu,
-            positions,
+            pos,
             apply_temperature=False,
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
-        sampled, num_sampled = self._walk(said, verify_draft_sampled, cu_num_logits, idx_mapping)
-        return processed, sampled, num_sampled
-
-    def _walk(
-        self,
-        said: torch.Tensor,  # [L] the target's token after each row
-        tokens: torch.Tensor,  # [L] each row's own
-        cu_num_logits: torch.Tensor,  # [R+1]
-        idx_mapping: torch.Tensor,  # [R]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_nodes, num_depths = self.trees.shape
-        local_rows = torch.arange(1 + num_nodes, device=said.device)
-        rows = (cu_num_logits[:-1, None] + local_rows).clamp(max=len(said) - 1)  # [R, 1+N]
-        is_scheduled = local_rows < cu_num_logits.diff()[:, None]
-        tokens = tokens[rows][:, 1:].long()
-        tree = self.trees.read(idx_mapping, tokens, is_scheduled[:, 1:] & (tokens >= 0))
-        walked = walk(tree, self.trees.ancestors[idx_mapping.long()], said[rows], num_depths)
-        way = walked.nodes + 1
-        self.trees.way[idx_mapping.long()] = way
-        depth = torch.arange(num_depths + 1, device=said.device)
-        accepted = tree.token_ids.gather(1, walked.nodes.clamp(min=0))
-        is_next = depth == walked.num_accepted[:, None]
-        padded = torch.cat((accepted, accepted[:, :1]), dim=1)
-        sampled = tree.token_ids.new_zeros(len(idx_mapping), 1 + num_nodes)
-        sampled[:, : num_depths + 1] = torch.where(is_next, walked.next_token_ids[:, None], padded)
-        self._rows_by_output = self._output_rows(way, walked.num_accepted, cu_num_logits, len(said))
-        return sampled, (walked.num_accepted + 1).int()
-
-    def _output_rows(
-        self,
-        way: torch.Tensor,  # [R, D]
-        num_accepted: torch.Tensor,  # [R]
-        cu_num_logits: torch.Tensor,  # [R+1]
-        num_rows: int,  # L
-    ) -> torch.Tensor:
-        """Which row's logits each output token was sampled from, where vLLM expects them: [L]."""
-        start = cu_num_logits[:-1, None].long()
-        depth = torch.arange(way.shape[1], device=way.device)
-        is_real = depth < num_accepted[:, None]
-        rows = torch.arange(num_rows, device=way.device)
-        rows.scatter_(
-            0,
-            torch.where(is_real, start + 1 + depth, start).flatten(),
-            torch.where(is_real, start + way, start).flatten(),
+        trees, seen = self.trees.trees, self.trees.seen
+        sampled, num_sampled, self._rows_by_output = walk_trees(
+            said,
+            verify_draft_sampled,
+            cu_num_logits,
+            idx_mapping,
+            trees.parents,
+            trees.is_node,
+            self.trees.way,
+            seen.said,
+            seen.num_said,
         )
-        return rows
+        return processed, sampled, num_sampled
 
     def _get_logprobs_tensors(
         self,

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many nodes a batch verifies: worked out by hand, and against a search through every number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dflash.budget import StepCosts, choose, stepped
+
+
+def costs(verify_ms: list[float], draft_ms: float = 0.0, context_ms: float = 0.0) -> StepCosts:
+    """Of steps of 0, 1, 2, ... rows, measured without context."""
+    verify = np.array(verify_ms)
+    return StepCosts(verify, np.full(9, draft_ms), context_ms, np.zeros(len(verify)))
+
+
+def test_flat_costs_are_used_up() -> None:
+    """One request, whose root is a row too: four more rows cost nothing, the fifth doubles the step."""
+    choice = choose(np.array([0.9, 0.5, 0.3, 0.2, 0.1, 0.1]), 1, 1, 1, 0.0, costs([1.0] * 6 + [2.0] * 4))
+    assert choice.budget == 4
+    assert choice.expected == pytest.approx(1 + 0.9 + 0.5 + 0.3 + 0.2)
+    assert choice.step_ms == 1.0 and choice.is_worth_drafting
+
+
+def test_rows_that_cost_as_much_as_they_give() -> None:
+    """Each row costs a tenth of a step more."""
+    rising = [1 + 0.1 * rows for rows in range(10)]
+    # 1 / 1.1, 1.9 / 1.2, 2.4 / 1.3 = 1.846, 2.5 / 1.4 = 1.786
+    assert choose(np.array([0.9, 0.5, 0.1]), 1, 1, 1, 0.0, costs(rising)).budget == 2
+
+
+def test_what_drafting_costs() -> None:
+    """Verifying 2.4 tokens instead of 1 pays for a draft of 1.4 steps, and, lest it is noise, for a little more."""
+    likelihoods, flat = np.array([0.9, 0.5]), [1.0] * 10
+    assert choose(likelihoods, 1, 1, 1, 0.0, costs(flat, draft_ms=1.41)).is_worth_drafting
+    assert not choose(likelihoods, 1, 1, 1, 0.0, costs(flat, draft_ms=1.6)).is_worth_drafting
+
+
+def test_overheads_of_either_kind() -> None:
+    """A host that takes long makes rows cheap; one that takes long only where it drafts makes drafts dear."""
+    rising, likelihoods = costs([1 + 0.5 * rows for rows in range(10)]), np.array([0.9, 0.3])
+    assert choose(likelihoods, 1, 1, 1, 0.0, rising).budget == 1
+    assert choose(likelihoods, 1, 1, 1, 0.0, rising.with_overheads(5.0, 5.0)).budget == 2
+    assert not choose(likelihoods, 1, 1, 1, 0.0, rising.with_overheads(0.0, 5.0)).is_worth_drafting
+
+
+def test_a_long_context_makes_rows_cheap() -> None:
+    rising, likelihoods = costs([1 + 0.5 * rows for rows in range(10)], context_ms=0.001), np.array([0.9, 0.3])
+    assert choose(likelihoods, 1, 1, 1, 100.0, rising).budget == 1
+    assert choose(likelihoods, 1, 1, 1, 10_000.0, rising).budget == 2
+
+
+def test_no_more_rows_than_there_are_costs_for() -> None:
+    assert choose(np.ones(9), 2, 2, 2, 0.0, costs([1.0] * 5)).budget == 2
+    assert choose(np.ones(9), 2, 6, 2, 0.0, costs([1.0] * 7)).budget == 0
+
+
+def test_prompts_gain_nothing_yet() -> None:
+    """Nodes of one request beside a prompt's 5 rows, none of which gives a token."""
+    choice = choose(np.array([0.5]), 1, 6, 2, 0.0, costs([1.0] * 9))
+    assert choice.expected == pytest.approx(1.5)
+
+
+@given(
+    likelihoods=st.lists(st.floats(0.0, 1.0), max_size=12),
+    verify=st.lists(st.floats(0.1, 5.0), min_size=16, max_size=16),
+    num_reqs=st.integers(1, 3),
+)
+def test_no_other_number_is_better(likelihoods: list[float], verify: list[float], num_reqs: int) -> None:
+    descending = sorted(likelihoods, reverse=True)
+    choice = choose(np.array(descending), num_reqs, num_reqs, num_reqs, 0.0, costs(sorted(verify), draft_ms=0.5))
+    rates = [
+        (num_reqs + sum(descending[:budget])) / (sorted(verify)[num_reqs + budget] + 0.5)
+        for budget in range(len(descending) + 1)
+    ]
+    assert rates[choice.budget] == pytest.approx(max(rates))
+
+
+def test_a_table_of_captured_sizes() -> None:
+    """Between sizes a step is padded to the next; a size that seems faster than a smaller one is noise."""
+    table = stepped([(1, 1.0), (4, 3.0), (6, 2.5), (8, 4.0)], 10)
+    assert table.tolist() == [1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 4.0, 4.0, 4.5, 5.0]
+    assert stepped([(2, 7.0)], 4).tolist() == [7.0] * 5
+
+
+def test_a_summary_names_sizes() -> None:
+    text = costs([1.0] * 20, draft_ms=0.25, context_ms=2e-6).summary()
+    assert "1 1.00, 16 1.00" in text and "8 0.25" in text and "2.00 ms for each million" in text

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runner asks of a budget, step by step, and what decides. The kernel is tested in tests/kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+import torch
+
+from vllm_dflash.budget import StepCosts
+from vllm_dflash.compat.trees import budget as budget_module
+from vllm_dflash.compat.trees.budget import PROBE_STEPS, TreeBudget
+from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
+from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
+from vllm_dflash.compat.trees.overhead import Overhead
+
+CPU = torch.device("cpu")
+NODES = 4
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = SimpleNamespace(world_size=1, broadcast_object=lambda given, src: given)
+    monkeypatch.setattr(budget_module, "get_tp_group", lambda: group)
+
+
+def made_budget(verify_ms: list[float], draft_ms: float = 0.1) -> TreeBudget:
+    """Of requests "a" and "b", rows 1 and 0 of the state, which have been given to four slots of context."""
+    states = SimpleNamespace(
+        req_id_to_index={"a": 1, "b": 0},
+        num_computed_tokens_np=np.array([4, 4]),
+        prefill_len=SimpleNamespace(np=np.array([4, 4])),
+    )
+    made = TreeBudget(2, NODES, CPU)
+    made.begin(states, torch.zeros(3, dtype=torch.int32), 1, max_total_logits=100)
+    table = np.array(verify_ms)
+    made.costs = StepCosts(table, np.full(3, draft_ms), 0.0, np.zeros(len(table)))
+    made._store = SimpleNamespace(
+        trees=SimpleNamespace(probs=torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.5, 0.4, 0.3, 0.1]]))
+    )
+    return made
+
+
+def step(budget: TreeBudget, drafts: dict[str, int], others: dict[str, int] | None = None) -> int:
+    """One step of the runner's: how many nodes are verified."""
+    others = others or dict.fromkeys(drafts, 1)
+    planned = {name: others[name] + count for name, count in drafts.items()}
+    rows = budget.get_num_tokens(planned, {name: [-1] * count for name, count in drafts.items() if count})
+    state_rows = np.array([{"a": 1, "b": 0}[name] for name in drafts])
+    budget.record_confidences(torch.empty(0), SimpleNamespace(idx_mapping_np=state_rows))
+    return rows - sum(others.values())
+
+
+def test_trees_are_known_two_steps_later(one_rank: None) -> None:
+    budget = made_budget([1.0] * 6 + [9.0] * 6)
+    assert step(budget, {"a": 0, "b": 0}) == 0  # prompts: nothing has been drafted
+    assert step(budget, {"a": 4, "b": 4}) == 3  # all likelihoods are one so far, and five rows cost as much as one
+    # Now the first trees are known: 2 tokens in 1 ms, 2 + 0.9 + 0.8 in 1.4, all in 3. As if all were likely: 10 in 3.
+    budget.costs = made_budget([1.0] * 3 + [1.4] * 2 + [3.0] * 9, draft_ms=0.0).costs
+    assert step(budget, {"a": 4, "b": 4}) == 2
+
+
+def test_nothing_is_verified_that_was_not_drafted(one_rank: None) -> None:
+    """Drafting at the price of many steps stops; now and then it is tried again."""
+    budget = made_budget([1.0] * 12, draft_ms=50.0)
+    assert step(budget, {"a": 0, "b": 0}) == 0 and not budget.drafts
+    verified = [step(budget, {"a": 4, "b": 4}) for _ in range(2 * PROBE_STEPS)]
+    assert [place for place, count in enumerate(verified) if count] == [PROBE_STEPS - 1, 2 * PROBE_STEPS - 1]
+    assert verified[PROBE_STEPS - 1] == 8
+
+
+def test_prompts_in_the_batch(one_rank: None) -> None:
+    """Six rows of a prompt that does not end yet: it gains nothing, and its rows are among those that cost."""
+    budget = made_budget([1.0] * 9 + [9.0] * 9)
+    step(budget, {"a": 0, "b": 0})
+    budget._req_states.prefill_len.np[0] = 100
+    assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 6}) == 1
+
+
+def test_what_the_host_takes_for_the_rows(one_rank: None) -> None:
+    budget = made_budget([1.0] * 12)
+    planned, scheduled = np.array([4, 2, 0], dtype=np.int32), np.array([5, 3, 7], dtype=np.int32)
+    starts = np.array([0, 5, 8, 9], dtype=np.int32)
+    for chosen, rows in ((6, [5, 3, 7]), (3, [3, 2, 7]), (1, [1, 2, 7]), (0, [1, 1, 7])):
+        budget._chosen = chosen
+        tokens, bounds = budget.compact_batch(planned, scheduled, starts)
+        assert tokens.tolist() == rows and tokens.dtype == np.int32
+        assert bounds.tolist() == ([0, 1, 2, 3] if chosen == 0 else starts.tolist())
+
+
+def test_ranks_agree_on_what_they_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = SimpleNamespace(world_size=2, broadcast_object=lambda given, src: (3.0, 4.0))
+    monkeypatch.setattr(budget_module, "get_tp_group", lambda: group)
+    budget = made_budget([1.0] * 12)
+    step(budget, {"a": 0, "b": 0})
+    assert budget._costs_now().overheads_ms == (3.0, 4.0)
+
+
+def test_where_the_host_s_plan_is_right(one_rank: None) -> None:
+    """All nodes or none: the device has nothing to share out, and what the runner has written stands."""
+    budget = made_budget([1.0] * 12)
+    planned, scheduled = np.array([4, 2], dtype=np.int32), np.array([5, 3], dtype=np.int32)
+    for chosen, expected in ((6, [0, 5, 8]), (0, [0, 1, 2])):
+        budget._chosen = chosen
+        budget.compact_batch(planned, scheduled, np.array([0, 5, 8], dtype=np.int32))
+        budget._query_start_loc.copy_(torch.tensor([0, 7, 9]))
+        bounds, starts, count = budget.reallocate_drafts(["a", "b"], torch.tensor([1, 0]))
+        assert (bounds.tolist(), starts.tolist(), count) == (expected, [0, 7, 9], chosen)
+
+
+# Likelihoods.
+
+
+def test_likelihoods_of_new_and_old_requests() -> None:
+    known = HostLikelihoods(3, 2, CPU)
+    probs = torch.tensor([[0.9, 0.5], [0.7, 0.1], [0.3, 0.2]])
+    known.copy(probs, np.array([0, 1]))
+    assert known.of(np.array([0])).tolist() == [[1.0, 1.0]]  # under way
+    known.read()
+    assert known.of(np.array([0, 1])).tolist() == pytest.approx(probs[:2].double().numpy())
+    known.expect_average(1)
+    assert known.of(np.array([1]))[0].tolist() == pytest.approx([0.8, 0.3])
+
+
+def test_a_new_request_is_not_taken_for_its_row_s_last_one() -> None:
+    known = HostLikelihoods(2, 2, CPU)
+    probs = torch.tensor([[0.9, 0.5], [0.7, 0.1]])
+    known.copy(probs, np.array([0, 1]))
+    known.expect_average(0)
+    known.read()
+    assert known.of(np.array([0])).tolist() == [[1.0, 1.0]]
+    assert known.of(np.array([1]))[0].tolist() == pytest.approx([0.7, 0.1])
+
+
+# Overheads.
+
+
+def test_what_steps_take_beyond_their_parts() -> None:
+    times = iter([0.0, 0.010, 0.022, 1.022, 1.030])
+    overhead = Overhead(clock=lambda: next(times))
+    for gpu_ms, drafts in ((4.0, True), (5.0, True), (5.0, True), (6.0, False)):
+        overhead.begin_step()
+        overhead.note(gpu_ms, drafts)
+    overhead.begin_step()
+    # 10 - 4, 12 - 5, and a pause of 995 that the median leaves out; 8 - 6 without drafting.
+    assert overhead.ms() == pytest.approx((2.0, 7.0))
+
+
+def test_steps_that_nobody_noted_do_not_count() -> None:
+    times = iter([0.0, 0.5, 0.51])
+    overhead = Overhead(clock=lambda: next(times))
+    overhead.begin_step()  # a prompt
+    overhead.begin_step()
+    overhead.note(8.0, True)
+    overhead.begin_step()
+    assert overhead.ms() == pytest.approx((2.0, 2.0))  # without drafting nothing was seen: as with it
+
+
+# Costs.
+
+
+def profile(
+    samples: dict[tuple[int, int], tuple[float, float]], monkeypatch: pytest.MonkeyPatch, longest_context: int = 9999
+) -> StepCosts:
+    """Of a runner of 4 requests and 16 rows, whose made-up steps take (forward, draft) ms by (rows, context)."""
+    made = CostProfile(None, torch.float32, 16, 4, longest_context)
+    monkeypatch.setattr(made, "_logits_ms", lambda: 0.25 * np.ones(17))
+    timed: list[Any] = []
+    for batch in made.batches([1, 2, 8]):
+        forward_ms, drafter_ms = samples[batch["num_tokens"], batch["context_len"]]
+        noise = 50.0 if not len(timed) % 4 else 0.0  # the first of each
+        timed.append(
+            SimpleNamespace(
+                forward_ms=forward_ms + noise,
+                drafter_ms=drafter_ms,
+                num_reqs=min(batch["num_tokens"], 4),
+                full_cudagraph=batch["num_tokens"] <= 8,
+            )
+        )
+    return made.costs(timed)
+
+
+def test_tables_of_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile(
+        {
+            (1, 512): (1.0, 0.3),
+            (2, 512): (1.5, 0.4),
+            (8, 512): (2.0, 0.6),
+            (16, 512): (4.0, 99.0),  # without a graph
+            (8, 4096): (2.0 + 4 * 3584 * 1e-5, 0.6),
+        },
+        monkeypatch,
+    )
+    assert found.verify_ms[[1, 2, 3, 8, 9, 16]].tolist() == pytest.approx([1.25, 1.75, 2.25, 2.25, 4.25, 4.25])
+    assert found.draft_ms.tolist() == pytest.approx([0.3, 0.3, 0.4, 0.6, 0.6])
+    assert found.context_ms == pytest.approx(1e-5)
+    assert found.profiled_context[[1, 2, 8]].tolist() == [512, 1024, 2048]
+    # A step of eight rows with twice the context that it was measured with.
+    assert found.gpu_ms(8, 4, 4096.0, drafts=False) == pytest.approx(2.25 + 2048 * 1e-5)
+
+
+def test_short_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no request can be long, a slot of context is not priced."""
+    samples = {(rows, 300): (1.0 * rows, 0.5) for rows in (1, 2, 8, 16)}
+    found = profile(samples, monkeypatch, longest_context=300)
+    assert found.context_ms == 0 and found.profiled_context[1] == 300
+
+
+def test_nothing_is_captured_whole(one_rank: None) -> None:
+    """Then nothing is timed, and costs are assumed."""
+    budget = made_budget([1.0] * 12)
+    budget.costs = None
+    budget._req_states.max_num_batched_tokens, budget._req_states.max_num_reqs = 256, 2
+    budget._profile = CostProfile(None, torch.float32, 256, 2, 9999)
+    assert list(budget.batches_to_profile([])) == []
+    budget.set_initial_cost_curves([])
+    step(budget, {"a": 0, "b": 0})
+    assert step(budget, {"a": 4, "b": 4}) == 8
+
+
+def test_steps_that_were_not_timed() -> None:
+    made = CostProfile(None, torch.float32, 16, 4, 9999)
+    assert len(list(made.batches([1]))) > 0
+    with pytest.raises(RuntimeError, match="steps were planned, 0 timed"):
+        made.costs([])
+
+
+def test_assumed_costs_are_flat_and_then_proportional() -> None:
+    assumed = assumed_costs(512, 4)
+    assert assumed.verify_ms[[1, 128, 256, 512]].tolist() == [1.0, 1.0, 2.0, 4.0]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many drafted nodes are worth verifying, for a whole batch. Torch-free.
+
+A node of likelihood p is expected to add p tokens, so the B likeliest nodes of all requests add the sum of theirs. What
+a step takes depends on its rows. The best B yields most expected tokens a second: the rule of CaDDTree
+(arXiv 2606.01813), for batches, with measured times instead of modelled ones. Where even that yields less than a step
+without drafts and without drafting, nothing is drafted for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+#: Without drafts a step must be so much better before drafting stops: what is drafted next is not known.
+STOPPING_GAIN = 1.02
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Milliseconds of a step's parts. The first three are measured at start-up, the overheads while serving."""
+
+    verify_ms: np.ndarray  # [rows + 1]: the target's forward and logits, of so many rows
+    draft_ms: np.ndarray  # [requests + 1]: drafting for so many requests
+    context_ms: float  # more for each slot of context that the batch's attention reads
+    profiled_context: np.ndarray  # [rows + 1]: slots that were read when `verify_ms` was measured
+    overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else in a step without and with drafting, the host's part too
+
+    def with_overheads(self, without_drafting: float, with_drafting: float) -> StepCosts:
+        """The same beside other overheads."""
+        return replace(self, overheads_ms=(without_drafting, with_drafting))
+
+    def gpu_ms(self, rows: Any, num_reqs: int, context: float, drafts: bool) -> Any:
+        """The measured parts of a step of so many rows (a number, or an array of them)."""
+        more_context = context - self.profiled_context[rows]
+        drafting = self.draft_ms[num_reqs] if drafts else 0.0
+        return np.maximum(self.verify_ms[rows] + drafting + self.context_ms * more_context, 1e-6)
+
+    def step_ms(self, rows: Any, num_reqs: int, context: float, drafts: bool) -> Any:
+        """The whole step."""
+        return self.gpu_ms(rows, num_reqs, context, drafts) + self.overheads_ms[drafts]
+
+    def summary(self) -> str:
+        """The table at some sizes, for a person."""
+        rows = [size for size in (1, 16, 64, 128, 256, 512, 1024) if size < len(self.verify_ms)]
+        requests = [size for size in (1, 8, 32, 128, 512) if size < len(self.draft_ms)]
+        verify = ", ".join(f"{size} {self.verify_ms[size]:.2f}" for size in rows)
+        draft = ", ".join(f"{size} {self.draft_ms[size]:.2f}" for size in requests)
+        return (
+            f"verifying, ms by rows: {verify}; drafting, ms by requests: {draft}; "
+            f"{1e6 * self.context_ms:.2f} ms for each million slots of context"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a batch verifies, and what that is expected to give."""
+
+    budget: int  # nodes of all requests
+    expected: float  # tokens
+    step_ms: float
+    is_worth_drafting: bool
+
+
+def choose(
+    likelihoods: np.ndarray,  # [M] of all nodes there are, descending
+    num_sampling: int,  # requests that gain a token whatever is accepted
+    num_other_rows: int,  # rows that are no candidates
+    num_reqs: int,
+    context: float,  # slots of context that the batch reads
+    costs: StepCosts,
+) -> Choice:
+    """The number of nodes of most expected tokens a second, and whether drafting is worth it at all."""
+    most = max(0, len(costs.verify_ms) - 1 - num_other_rows)
+    expected = num_sampling + np.concatenate(([0.0], np.cumsum(likelihoods[:most])))
+    rows: np.ndarray = num_other_rows + np.arange(len(expected))
+    ms = costs.step_ms(rows, num_reqs, context, drafts=True)
+    budget = int(np.argmax(expected / ms))
+    without = num_sampling / costs.step_ms(num_other_rows, num_reqs, context, drafts=False)
+    is_worth_drafting = expected[budget] / ms[budget] * STOPPING_GAIN >= without
+    return Choice(budget, float(expected[budget]), float(ms[budget]), bool(is_worth_drafting))
+
+
+def stepped(
+    samples: Sequence[tuple[int, float]],  # size and value, ascending
+    most: int,
+) -> np.ndarray:
+    """A table [most + 1] of values at sizes that graphs are captured for: whatever is between is padded to the next.
+
+    Behind the last size, the straight line through the last two.
+    """
+    sizes, values = (np.asarray(column, dtype=np.float64) for column in zip(*samples, strict=True))
+    values = np.maximum.accumulate(values)
+    wanted = np.arange(most + 1)
+    table = values[np.minimum(np.searchsorted(sizes, wanted), len(sizes) - 1)]
+    if len(sizes) > 1:
+        behind = wanted > sizes[-1]
+        slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
+        table[behind] = values[-1] + slope * (wanted[behind] - sizes[-1])
+    return table

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What steps cost, from made-up ones that the runner times on its captured graphs at start-up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_dflash.budget import StepCosts, stepped
+
+_REPLAYS = 4
+#: Slots of context of each made-up request; at a few sizes also so many more, for what a slot costs.
+_CONTEXT, _LONG_CONTEXT = 512, 4096
+_LOGITS_ROWS = (1, 16, 64, 128, 256, 512, 1024)
+
+
+class CostProfile:
+    """Which steps are timed, and the tables that come of it."""
+
+    def __init__(
+        self, target: Any, dtype: torch.dtype, max_num_rows: int, max_num_reqs: int, longest_context: int
+    ) -> None:
+        self.target, self.dtype = target, dtype
+        self.max_num_rows, self.max_num_reqs = max_num_rows, max_num_reqs
+        self.context, self.long_context = (max(0, min(c, longest_context)) for c in (_CONTEXT, _LONG_CONTEXT))
+        self.planned: list[tuple[int, int]] = []  # rows and context
+
+    def batches(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
+        """Arguments of made-up steps: every captured size, and the next one without a graph."""
+        largest = capture_sizes[-1] if capture_sizes else 0
+        beyond = {min(2 * largest, self.max_num_rows)} - {*capture_sizes, 0}
+        sizes = [*capture_sizes, *beyond]
+        long = [size for size in capture_sizes if size >= min(32, largest)][:1] + capture_sizes[-1:]
+        self.planned = [(size, self.context) for size in sizes]
+        if self.long_context > self.context:
+            self.planned += [(size, self.long_context) for size in long]
+        for rows, context in self.planned:
+            for _ in range(_REPLAYS):
+                yield {"num_tokens": rows, "context_len": context}
+
+    def costs(self, samples: Sequence[Any]) -> StepCosts:
+        """Tables of the timed steps, in the order that they were planned."""
+        if len(samples) != _REPLAYS * len(self.planned):
+            raise RuntimeError(f"{_REPLAYS * len(self.planned)} made-up steps were planned, {len(samples)} timed")
+        forwards: dict[tuple[int, int], float] = {}
+        drafts: defaultdict[int, list[float]] = defaultdict(list)
+        for index, planned in enumerate(self.planned):
+            timed = samples[_REPLAYS * index : _REPLAYS * (index + 1)]
+            forwards[planned] = float(np.median([sample.forward_ms for sample in timed]))
+            for sample in timed:
+                if sample.full_cudagraph:  # else the host's launches are timed
+                    drafts[sample.num_reqs].append(sample.drafter_ms)
+        verify = sorted((rows, ms) for (rows, context), ms in forwards.items() if context == self.context)
+        contexts = [(rows, float(min(rows, self.max_num_reqs) * self.context)) for rows, _ in verify]
+        slopes = [
+            (ms - forwards[rows, self.context]) / (min(rows, self.max_num_reqs) * (self.long_context - self.context))
+            for (rows, context), ms in forwards.items()
+            if context > self.context
+        ]
+        draft = sorted((num_reqs, float(np.median(ms))) for num_reqs, ms in drafts.items())
+        return StepCosts(
+            verify_ms=stepped(verify, self.max_num_rows) + self._logits_ms(),
+            draft_ms=stepped(draft or [(1, 0.0)], self.max_num_reqs),
+            context_ms=max(0.0, min(slopes, default=0.0)),
+            profiled_context=stepped(contexts, self.max_num_rows),
+        )
+
+    def _logits_ms(self) -> np.ndarray:
+        """[rows + 1]: the LM head, and the choice of a token."""
+        device = next(self.target.parameters()).device
+        hidden_size = self.target.config.get_text_config().hidden_size
+        hidden = torch.zeros(max(_LOGITS_ROWS), hidden_size, dtype=self.dtype, device=device)
+
+        def head(rows: int) -> None:
+            self.target.compute_logits(hidden[:rows]).argmax(dim=-1)
+
+        timed = [(rows, _gpu_ms(partial(head, rows))) for rows in _LOGITS_ROWS]
+        sizes, values = (np.array(column) for column in zip(*timed, strict=True))
+        wanted = np.arange(self.max_num_rows + 1)
+        slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
+        behind = np.maximum(wanted - sizes[-1], 0) * max(slope, 0.0)
+        return np.interp(wanted, sizes, np.maximum.accumulate(values)) + behind
+
+
+def _gpu_ms(run: Callable[[], None]) -> float:
+    """Median of some runs, after a first one."""
+    run()
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return float(np.median(times))
+
+
+def assumed_costs(max_num_rows: int, max_num_reqs: int) -> StepCosts:
+    """Of an engine without CUDA graphs, whose steps are not timed: flat up to 128 rows, as a GPU's memory has it."""
+    rows = np.arange(max_num_rows + 1)
+    return StepCosts(
+        verify_ms=np.maximum(rows, 128.0) / 128.0,
+        draft_ms=np.full(max_num_reqs + 1, 0.2),
+        context_ms=0.0,
+        profiled_context=np.zeros(max_num_rows + 1),
+    )
