@@ -4,6 +4,9 @@
     python benchmarks/decode_gpu.py                    # the shape of Qwen3-8B, random weights, acceptance fixed at 6.0
     python benchmarks/decode_gpu.py --pair DIR --real  # a trained pair (target/, drafter/, heldout.jsonl)
 
+The engines: "none"; "own", vLLM's dflash, of all the block holds or of so many draft tokens ("own:7"); "adaptive", that
+with vLLM's adaptive verification; "ours" or "ours:7", this plugin's chains; "tree:31" or "tree:auto", its draft trees.
+
 One process per engine. They start side by side and then compute one at a time, point by point, so that a card that
 drifts slows all of them alike. A point is a number of concurrent requests and a prompt length. What is measured is the
 steady region of each run: from where every request has output to where the first one ends; prefill is left out.
@@ -15,6 +18,9 @@ deserve, outputs of the engines are compared token by token, and tokens/s are co
 Without --real, prompts of --shared-from tokens and more are one common prefix (in vLLM's prefix cache) and a tail of
 their own, because three engines share the card's memory. Attention then reads some blocks for all requests, in every
 engine alike.
+
+With --arrivals, a point is a number of users, each of whom asks again a little after an answer is complete, for answers
+of a quarter of --output-tokens up to all of them. Prompts then run beside decode steps, and batches grow and shrink.
 
 --profile 1,32 also traces about 20 steps of one engine at these numbers of requests and prints where the time goes.
 The last line is JSON. --save keeps it up to date while the run lasts.
@@ -40,7 +46,7 @@ from gpu.decode.trace import profile_table
 from gpu.decode.workload import Workload
 from gpu.engine_process import Engine, EngineError, environment, started_engines
 from gpu.machine import on_cuda, run_facts
-from gpu.names import ENGINES, OURS, OWN, Record
+from gpu.names import ENGINES, NONE, OURS, OWN, Record, check, is_ours
 from gpu.output import say, write_whole
 
 WARM_UP_TOKENS = 48
@@ -70,9 +76,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--point-seconds", type=float, default=10.0, help="short points get more rounds, for so long")
     parser.add_argument("-k", "--k", type=int, help="draft tokens a step; default: all that the block holds")
     parser.add_argument("--dtype", help="default: bfloat16, or what the pair's target says")
-    parser.add_argument("--engines", type=parse_engines, default=ENGINES, metavar="none,own,ours")
+    parser.add_argument("--engines", type=parse_engines, default=ENGINES, metavar="none,own,ours,tree:31,...")
     parser.add_argument("--pair", type=Path, help="folder with target/, drafter/ and heldout.jsonl: use its weights")
     parser.add_argument("--real", action="store_true", help="real acceptance on held-out prompts of --pair")
+    parser.add_argument(
+        "--arrivals", type=float, default=0.0, metavar="SECONDS",
+        help="instead of batches, in each turn so many seconds of requests that come and go; --requests are the users",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--acceptance", type=float, default=6.0, help="synthetic acceptance length, without --real")
     parser.add_argument("--shared-from", type=int, default=2048, help="prompts this long share all but their end")
     parser.add_argument("--capture-all", action="store_true", help="CUDA graphs at every step size, for none and own")
@@ -109,8 +120,11 @@ def parse_numbers(text: str) -> tuple[int, ...]:
 
 def parse_engines(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := set(names) - set(ENGINES):
-        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}, known are {', '.join(ENGINES)}")
+    for name in names:
+        try:
+            check(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return names
 
 
@@ -142,7 +156,7 @@ class Benchmark:
     def _check_drafters(self) -> None:
         for name, facts in self.facts.items():
             ours = str(facts["drafter"]).startswith("vllm_dflash.")
-            if (name == OURS) != ours:
+            if is_ours(name) != ours:
                 raise EngineError(f"engine {name!r} drafts with {facts['drafter']}: not what is to be measured")
 
     def _measure_points(self, engines: dict[str, Engine]) -> None:
@@ -170,18 +184,23 @@ class Benchmark:
         for number, order in enumerate(orders):
             if number >= self.args.rounds and time.monotonic() - begun > self.args.point_seconds:
                 break
-            prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
-            answers = {name: self._turn(engines[name], prompts) for name in order}
-            outputs.append({name: answer.pop("token_ids") for name, answer in answers.items()})
+            if self.args.arrivals:
+                request = self.workload.load(context, count, turn=number)
+            else:
+                prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
+                request = self.workload.request(prompts)
+            answers = {name: self._turn(engines[name], request) for name in order}
+            outputs.append({name: answer.pop("token_ids", []) for name, answer in answers.items()})
             rounds.append({name: answers[name] for name in engines})
             say(f"context {context}, {count} requests, round {number + 1}: {round_line(rounds[-1])}")
         point: Record = {"context": context, "requests": count, "rounds": rounds}
-        return point | (compared(point, outputs) if self.args.real else {})
+        comparable = self.args.real and self.args.temperature == 0 and not self.args.arrivals
+        return point | (compared(point, outputs) if comparable else {})
 
-    def _turn(self, engine: Engine, prompts: list[list[int]]) -> Record:
-        """One batch of one engine, and what the card did meanwhile."""
+    def _turn(self, engine: Engine, request: Record) -> Record:
+        """One batch of one engine, or a time of load, and what the card did meanwhile."""
         begun = time.monotonic()
-        answer: Record = engine.ask(self.workload.request(prompts), self.args.run_timeout)
+        answer: Record = engine.ask(request, self.args.run_timeout)
         return answer | self.card.between(begun, time.monotonic())
 
     def _warm_up(self, name: str, engine: Engine, context: int, count: int) -> None:
@@ -195,7 +214,7 @@ class Benchmark:
 
     def _time_draft_graphs(self, engines: dict[str, Engine]) -> None:
         for count in self.args.draft_graph:
-            for name in (name for name in (OWN, OURS) if name in engines):
+            for name in (name for name in engines if name != NONE):
                 self._warm_up(name, engines[name], self.args.contexts[0], count)  # the graph's rows are this batch's
                 record = engines[name].ask({"draft_graph": count}, self.args.run_timeout)
                 self.draft_graphs.append({"engine": name, "requests": count} | record)

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from gpu.names import OURS, Record
+from gpu.names import Record, is_ours
 from gpu.output import say
 
 
@@ -96,7 +96,7 @@ def started_engines(
 def environment(name: str) -> dict[str, str]:
     """A child's environment: which plugins it loads is the one difference between the engines."""
     ours = {
-        "VLLM_PLUGINS": "dflash" if name == OURS else "",
+        "VLLM_PLUGINS": "dflash" if is_ours(name) else "",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -17,7 +17,11 @@ Step = tuple[float, int, bool, bool]  # when its output came, tokens, have all r
 
 
 def run_batch(
-    llm: Any, prompts: list[list[int]], max_tokens: int, steady_step: Callable[[], None] | None = None
+    llm: Any,
+    prompts: list[list[int]],
+    max_tokens: int,
+    temperature: float = 0.0,
+    steady_step: Callable[[], None] | None = None,
 ) -> tuple[list[Step], list[list[int]]]:
     """Step the engine until all requests are done: (steps that had output, token ids by request).
 
@@ -28,7 +32,11 @@ def run_batch(
 
     engine = llm.llm_engine
     sampling = SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        temperature=temperature,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
     )
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)

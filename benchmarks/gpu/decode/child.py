@@ -8,7 +8,9 @@ from typing import Any
 
 from gpu.decode.batch import run_batch, steady_region
 from gpu.decode.draft_graph import time_draft_graph
+from gpu.decode.load import Load, run_load
 from gpu.decode.trace import Trace
+from gpu.decode.tree_record import measured_costs, record_trees
 from gpu.engine_child import start_engine
 from gpu.engine_inside import drafter_of, model_runner, read_counters
 from gpu.names import Record
@@ -29,12 +31,31 @@ def answer(llm: Any, request: Record) -> Record:
     """Run one batch of prompts to its end: token ids, and what a step of the steady region took."""
     if "draft_graph" in request:
         return time_draft_graph(llm, request["draft_graph"])
+    if request.get("costs"):
+        return measured_costs(llm)
+    if request.get("record"):
+        return record_trees(llm, request)
+    if "load" in request:
+        return answer_load(llm, request)
     counters = request["counters"] and drafter_of(model_runner(llm)) is not None
     before = read_counters(llm) if counters else (0, 0)
     trace = Trace(llm, request["trace"]) if request.get("trace") else None
-    steps, token_ids = run_batch(llm, request["prompts"], request["max_tokens"], trace.step if trace else None)
+    steps, token_ids = run_batch(
+        llm, request["prompts"], request["max_tokens"], request["temperature"], trace.step if trace else None
+    )
     result: Record = {"token_ids": token_ids} | steady_region(steps, len(request["prompts"]))
     if counters:
         drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
         result |= {"drafts": drafts, "accepted": accepted}
     return result | ({"profile": trace.summary()} if trace else {})
+
+
+def answer_load(llm: Any, request: Record) -> Record:
+    """Serve requests that come and go."""
+    has_drafter = drafter_of(model_runner(llm)) is not None
+    before = read_counters(llm) if has_drafter else (0, 0)
+    result = run_load(llm, request["prompts"], Load(**request["load"]))
+    if has_drafter:
+        drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
+        result |= {"drafts": drafts, "accepted": accepted}
+    return result

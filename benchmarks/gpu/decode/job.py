@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from gpu.decode.workload import Workload
 from gpu.machine import on_cuda
-from gpu.names import NONE, OURS, Record
+from gpu.names import ADAPTIVE, NONE, TREE, Record, base, is_ours, size
 from gpu.pair import kv_token_bytes
 
 
@@ -25,21 +25,34 @@ def engine_job(name: str, workload: Workload) -> Record:
         arguments["load_format"] = "dummy"
     if on_cuda():
         arguments |= {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": kv_bytes(name, workload)}
-    if args.capture_all and name != OURS:
+    if args.capture_all and not is_ours(name):
         arguments["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(name, workload)}
     if name != NONE:
-        arguments["speculative_config"] = speculation(workload)
-    if name == OURS and args.additional_config:
-        arguments["additional_config"] = args.additional_config
+        arguments["speculative_config"] = speculation(name, workload)
+    if is_ours(name):
+        arguments["additional_config"] = options(name, args.additional_config)
     return {"llm": arguments | args.engine_args, "seed": 1}
 
 
-def speculation(workload: Workload) -> Record:
-    args = workload.args
-    config: Record = {"method": "dflash", "model": workload.drafter["path"], "num_speculative_tokens": workload.k}
-    if not args.real:
+def speculation(name: str, workload: Workload) -> Record:
+    args, number = workload.args, size(name)
+    config: Record = {"method": "dflash", "model": workload.drafter["path"]}
+    if base(name) != TREE:
+        config["num_speculative_tokens"] = int(number) if number else workload.k
+    if base(name) == ADAPTIVE:
+        config["enable_adaptive_verification"] = True
+    if not args.real and base(name) != TREE:  # a tree's way is the target's own
         config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": args.acceptance}
     return config
+
+
+def options(name: str, additional_config: Record) -> Record:
+    """The plugin's, with the size of a tree."""
+    if base(name) != TREE:
+        return additional_config
+    number = str(size(name))
+    tree = {"tree": int(number) if number.isdigit() else number}
+    return additional_config | {"dflash": additional_config.get("dflash", {}) | tree}
 
 
 def kv_bytes(name: str, workload: Workload) -> int:

@@ -8,13 +8,13 @@ import statistics
 from gpu.decode.prompts import TAIL
 from gpu.decode.trace import profile_table
 from gpu.decode.workload import Workload
-from gpu.names import ENGINES, LABELS, NONE, OURS, OWN, Record
+from gpu.names import NONE, OURS, OWN, TREE, Record, base, label
 
 
 def markdown(workload: Workload, result: Record) -> str:
     """The whole report of a run, as far as it came."""
     args = workload.args
-    names = [name for name in ENGINES if name in args.engines]
+    names = list(args.engines)
     lines = heading(workload, result)
     lines += [engine_line(name, result["engines"][name]) for name in names if name in result["engines"]]
     for context in args.contexts:
@@ -31,12 +31,14 @@ def markdown(workload: Workload, result: Record) -> str:
 def heading(workload: Workload, result: Record) -> list[str]:
     args = workload.args
     kind = "real acceptance" if args.real else f"acceptance length fixed at {args.acceptance}"
+    if args.arrivals:
+        kind += f", requests that come and go for {args.arrivals:g} s a turn"
     model = f"The pair in `{args.pair}`" if args.pair else "Qwen3-8B's shape, a 5-layer drafter, random weights"
     return [
         f"# Decode steps on {result['hardware']}",
         "",
         f"{result['date']}, {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
-        f"{model}, K = {workload.k}, {kind}, greedy, {args.output_tokens} tokens out; "
+        f"{model}, K = {workload.k}, {kind}, temperature {args.temperature:g}, {args.output_tokens} tokens out; "
         "engines in turn, in changing order; "
         f"{args.rounds} rounds and more for {args.point_seconds:g} s at each point.",
         "",
@@ -50,16 +52,16 @@ def engine_line(name: str, facts: Record) -> str:
     graphs = f"CUDA graphs {facts['cudagraph_mode']} up to {max(sizes)} rows" if sizes else "no CUDA graphs"
     drafter = f", drafting with `{facts['drafter']}`" if facts["drafter"] else ""
     start = f"up in {facts['seconds']} s"
-    return f"- {LABELS[name]}: {facts['runner']} runner, {facts['attention']}, {graphs}{drafter}; {start}"
+    return f"- {label(name)}: {facts['runner']} runner, {facts['attention']}, {graphs}{drafter}; {start}"
 
 
 def context_table(workload: Workload, names: list[str], context: int, points: list[Record]) -> list[str]:
     """One markdown table: a row for each number of requests."""
     shared = f" All but the last {TAIL} tokens of the prompts are shared, through the prefix cache."
     ratio = {OWN, OURS} <= set(names)
-    heads = ["requests", *(f"{LABELS[name]}: ms/step, tokens/s" for name in names)]
+    heads = ["requests", *(f"{label(name)}: ms/step, tokens/s" for name in names)]
     heads += ["step: ours / vLLM's own (min-max)"] if ratio else []
-    heads += [f"{LABELS[name]} to no speculation" for name in names if name != NONE and NONE in names]
+    heads += [f"{label(name)} to no speculation" for name in names if name != NONE and NONE in names]
     heads += ["acceptance length", "differing outputs"] if workload.args.real else []
     heads += ["SM clock, MHz"] if clocked(points) else []
     lines = [f"**{context} tokens in.**{shared if workload.shares(context) else ''} Medians over the rounds.", ""]
@@ -81,11 +83,12 @@ def point_cells(workload: Workload, names: list[str], point: Record) -> list[str
         ratios = [answers[OURS]["ms_step"] / answers[OWN]["ms_step"] for answers in rounds]
         cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
     if NONE in names:
-        for name in names[1:]:
+        for name in (name for name in names if name != NONE):
             ratios = [mine / none for mine, none in zip(rates[name], rates[NONE], strict=True)]
             cells.append(f"{statistics.median(ratios):.2f}")
     if workload.args.real:
-        cells += [real_lengths(names, rounds), f"{point['differing']} of {point['compared']}"]
+        compared = f"{point['differing']} of {point['compared']}" if "compared" in point else "not compared"
+        cells += [real_lengths(names, rounds), compared]
     if clocked([point]):
         cells.append(", ".join(f"{median_clock(rounds, name):.0f}" for name in names))
     return cells
@@ -102,7 +105,9 @@ def median_clock(rounds: list[dict[str, Record]], name: str) -> float:
 
 def rate(workload: Workload, name: str, answers: dict[str, Record], count: int) -> float:
     """Tokens per second in the steady region; with synthetic acceptance, at exactly that acceptance."""
-    measured = workload.args.real or name == NONE
+    if workload.args.arrivals:
+        return float(answers[name]["tokens_s"])
+    measured = workload.args.real or base(name) in (NONE, TREE)
     length = answers[name]["length"] if measured else workload.args.acceptance
     return 1000 * count * length / answers[name]["ms_step"]
 
@@ -115,7 +120,7 @@ def real_lengths(names: list[str], rounds: list[dict[str, Record]]) -> str:
         if drafts:
             lengths[name] = 1 + sum(answers[name]["accepted"] for answers in rounds) / drafts
     text = ", ".join(f"{name} {length:.3f}" for name, length in lengths.items())
-    if len(lengths) == 2 and abs(lengths[OURS] / lengths[OWN] - 1) > 0.03:
+    if set(lengths) == {OWN, OURS} and abs(lengths[OURS] / lengths[OWN] - 1) > 0.03:
         text += " (APART)"
     return text
 
@@ -127,7 +132,7 @@ def draft_graph_table(records: list[Record]) -> list[str]:
     for record in records:
         floor = record["weight_bytes"] / record["copy_bytes_per_second"] * 1000
         lines.append(
-            f"| {record['requests']} | {LABELS[record['engine']]} | {record['ms']:.3f} | "
+            f"| {record['requests']} | {label(record['engine'])} | {record['ms']:.3f} | "
             f"{record['weight_bytes'] / 1e9:.2f} | {record['copy_bytes_per_second'] / 1e12:.2f} | "
             f"{record['ms'] / floor:.2f} |"
         )

@@ -9,8 +9,9 @@ from pathlib import Path
 from gpu.decode.batch import PROFILED_STEPS, SKIPPED_STEPS
 from gpu.decode.prompts import TAIL, held_out_prompts, random_prompts
 from gpu.decode.shape import write_shape
-from gpu.names import Record
+from gpu.names import Record, size
 from gpu.pair import read_pair
+from vllm_dflash.options import MAX_AUTO_NODES
 
 
 class Workload:
@@ -24,6 +25,12 @@ class Workload:
         self.k: int = args.k or self.drafter["block_size"] - 1
 
     @property
+    def most_candidates(self) -> int:
+        """That any engine verifies of a request in a step."""
+        sizes = [size(name) or self.k for name in self.args.engines]
+        return max(MAX_AUTO_NODES if number == "auto" else int(number) for number in sizes)
+
+    @property
     def longest_output(self) -> int:
         return max(self.args.output_tokens, self.traced_output) if self.args.profile else self.args.output_tokens
 
@@ -34,7 +41,7 @@ class Workload:
 
     @property
     def max_model_len(self) -> int:
-        needed = max(self.args.contexts) + self.longest_output + self.k + 1
+        needed = max(self.args.contexts) + self.longest_output + self.most_candidates + 1
         limit = self.target["max_position_embeddings"]
         if needed > limit:
             raise SystemExit(f"--contexts {max(self.args.contexts)}: with the output that needs {needed} positions, "
@@ -48,7 +55,7 @@ class Workload:
     @property
     def most_tokens(self) -> int:
         """Positions that the largest point needs room for."""
-        grown = self.longest_output + 2 * (self.k + 1) + 16  # and the rest of the last block
+        grown = self.longest_output + 2 * (self.most_candidates + 1) + 16  # and the rest of the last block
         count = self.most_requests
         tokens = max(self._prompt_tokens(context, count) + count * grown for context in self.args.contexts)
         return max(tokens, self.max_model_len)
@@ -60,7 +67,20 @@ class Workload:
         return not self.args.real and context >= self.args.shared_from
 
     def request(self, prompts: list[list[int]]) -> Record:
-        return {"prompts": prompts, "max_tokens": self.args.output_tokens, "counters": self.args.real}
+        sampling = {"max_tokens": self.args.output_tokens, "temperature": self.args.temperature}
+        return {"prompts": prompts, "counters": self.args.real} | sampling
+
+    def load(self, context: int, users: int, turn: int) -> Record:
+        """Requests that come and go, the same for all engines of a turn: some hundred prompts, asked in turn."""
+        load = {
+            "users": users,
+            "seconds": self.args.arrivals,
+            "shortest": max(1, self.args.output_tokens // 4),
+            "longest": self.args.output_tokens,
+            "temperature": self.args.temperature,
+            "seed": turn,
+        }
+        return {"prompts": self.prompts(context, max(256, users), seed=turn, turn=turn), "load": load}
 
     def prompts(self, context: int, count: int, seed: int, turn: int = 0) -> list[list[int]]:
         if self.args.real:

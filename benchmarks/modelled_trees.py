@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second of draft trees on a large target, MODELLED from what a small trained pair drafts and accepts.
+
+    python benchmarks/decode_gpu.py --requests 1,8,32,64,128,256 --contexts 512 --engines none,own --save shape.json
+    python benchmarks/modelled_trees.py --pair DIR --shape shape.json
+
+No large trained pair can be had where there is no network, so three measurements are put together:
+
+1. The trained pair in DIR, with trees of 63 nodes: every tree's likelihoods and which of its nodes the target accepted,
+   on held-out prompts. Of a tree's first n nodes the same way is accepted as far as it goes, so this tells what any
+   smaller tree would have given. Chains are measured by an engine of their own.
+2. The large shape with random weights: what steps of so many rows take, as its engine measures it at start-up.
+3. The steps of no speculation and of vLLM's own dflash on that shape, from decode_gpu.py's --save. What a step without
+   speculation takes beyond (2) is taken for the overhead of every step.
+
+A batch of R requests is R recorded trees drawn at random. What it yields is counted, not expected: accepted nodes among
+those that the threshold lets through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu.decode.child import serve
+from gpu.decode.job import engine_job
+from gpu.decode.workload import Workload
+from gpu.engine_process import environment, started_engines
+from gpu.machine import run_facts
+from gpu.names import NONE, OWN, Record
+from gpu.output import write_whole
+
+from vllm_dflash.budget import StepCosts, choose
+
+RECORDED, CHAIN, LARGE = "tree:63", "ours", "tree:auto"
+DRAWS = 200  # batches for each number of requests
+
+
+def main() -> None:
+    args = parse_arguments()
+    shape = json.loads(args.shape.read_text())
+    records, chain_length = measure_pair(args)
+    costs = measure_shape(args)
+    rows = [modelled(shape, point, records, chain_length, costs) for point in shape["points"]]
+    text = report(args, rows, records, chain_length)
+    print(text)
+    if args.output is not None:
+        write_whole(args.output, text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=Path, required=True, help="folder with target/, drafter/ and heldout.jsonl")
+    parser.add_argument("--shape", type=Path, required=True, help="decode_gpu.py's --save of engines none and own")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=192)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--start-timeout", type=float, default=420.0)
+    parser.add_argument("--output", type=Path, help="write the report there (markdown)")
+    return parser.parse_args()
+
+
+def workload_of(args: argparse.Namespace, pair: Path | None, engines: tuple[str, ...], requests: int) -> Workload:
+    """As decode_gpu.py would have it."""
+    settings: dict[str, Any] = {
+        "pair": pair, "real": pair is not None, "engines": engines, "requests": (requests,), "contexts": (512,),
+        "output_tokens": args.output_tokens, "temperature": args.temperature, "profile": (), "k": None,
+        "dtype": "bfloat16", "shared_from": 2048, "acceptance": 6.0, "additional_config": {}, "capture_all": False,
+        "engine_args": {"gpu_memory_utilization": 0.05} if pair else {}, "arrivals": 0.0,
+    }  # fmt: skip
+    return Workload(argparse.Namespace(**settings), Path(tempfile.mkdtemp(prefix="modelled-trees-")))
+
+
+def ask_engines(args: argparse.Namespace, workload: Workload, requests: dict[str, Record]) -> dict[str, Record]:
+    """One answer of each engine, side by side only while they start."""
+    names = workload.args.engines
+    jobs, environments = {n: engine_job(n, workload) for n in names}, {n: environment(n) for n in names}
+    folder = Path(tempfile.mkdtemp(prefix="modelled-trees-"))
+    with started_engines(jobs, __file__, environments, folder, args.start_timeout) as (engines, _):
+        return {name: engines[name].ask(requests[name], 300.0) for name in names}
+
+
+def measure_pair(args: argparse.Namespace) -> tuple[list[Record], float]:
+    """Recorded trees, and the acceptance length of chains of the same prompts."""
+    workload = workload_of(args, args.pair, (RECORDED, CHAIN), args.prompts)
+    prompts = workload.prompts(256, args.prompts, seed=0)
+    batch = workload.request(prompts) | {"counters": True}
+    answers = ask_engines(args, workload, {RECORDED: batch | {"record": True}, CHAIN: batch})
+    recorded, chain = answers[RECORDED], answers[CHAIN]
+    if recorded["odd"] > len(recorded["records"]) / 20:
+        raise SystemExit(f"{recorded['odd']} ways do not belong to the trees before them: nothing can be modelled")
+    return recorded["records"], 1 + chain["accepted"] / chain["drafts"]
+
+
+def measure_shape(args: argparse.Namespace) -> StepCosts:
+    """What steps of the large shape take."""
+    workload = workload_of(args, None, (LARGE,), 256)
+    found = ask_engines(args, workload, {LARGE: {"costs": True}})[LARGE]
+    arrays = (np.array(found["verify_ms"]), np.array(found["draft_ms"]))
+    return StepCosts(*arrays, found["context_ms"], np.array(found["profiled_context"]))
+
+
+def modelled(shape: Record, point: Record, records: list[Record], chain_length: float, costs: StepCosts) -> Record:
+    """Tokens a second of each setting at one number of requests."""
+    num_reqs, context = point["requests"], float(point["requests"] * point["context"])
+    step_ms = {name: float(np.median([turn[name]["ms_step"] for turn in point["rounds"]])) for name in (NONE, OWN)}
+    overhead = max(0.0, step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False))
+    costs = costs.with_overheads(overhead, overhead)
+    result = {
+        "requests": num_reqs,
+        "no speculation": 1000 * num_reqs / step_ms[NONE],
+        "vLLM's own": 1000 * num_reqs * chain_length / step_ms[OWN],
+    }
+    for num_nodes in (7, 15, 31, 63):
+        length = 1 + np.mean([sum(node < num_nodes for node in record["accepted"]) for record in records])
+        if num_reqs * (1 + num_nodes) < len(costs.verify_ms):
+            ms = costs.step_ms(num_reqs * (1 + num_nodes), num_reqs, context, drafts=True)
+            result[f"tree {num_nodes}"] = 1000 * num_reqs * length / ms
+    return result | follow_the_load(num_reqs, context, records, costs)
+
+
+def follow_the_load(num_reqs: int, context: float, records: list[Record], costs: StepCosts) -> Record:
+    """The same with a budget for each batch, shared out by one threshold."""
+    rng, tokens, seconds, nodes = random.Random(num_reqs), 0.0, 0.0, 0
+    for _ in range(DRAWS):
+        batch = rng.choices(records, k=num_reqs)
+        likelihoods = np.sort(np.concatenate([record["likelihoods"] for record in batch]))[::-1]
+        choice = choose(likelihoods, num_reqs, num_reqs, num_reqs, context, costs)
+        drafts = choice.is_worth_drafting
+        budget = choice.budget if drafts else 0
+        threshold = likelihoods[budget - 1] if budget else 2.0
+        accepted = sum(sum(record["likelihoods"][node] >= threshold for node in record["accepted"]) for record in batch)
+        tokens, nodes = tokens + num_reqs + accepted, nodes + budget
+        seconds += costs.step_ms(num_reqs + budget, num_reqs, context, drafts) / 1000
+    return {"auto": tokens / seconds, "auto's nodes a request": nodes / DRAWS / num_reqs}
+
+
+def report(args: argparse.Namespace, rows: list[Record], records: list[Record], chain_length: float) -> str:
+    facts = run_facts()
+    lengths = {n: 1 + np.mean([sum(node < n for node in r["accepted"]) for r in records]) for n in (7, 31, 63)}
+    of_trees = ", ".join(f"{length:.2f} of {n} nodes" for n, length in lengths.items())
+    lines = [
+        f"# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {facts['hardware']}",
+        "",
+        f"{facts['date']}. {len(records)} recorded trees of the pair in `{args.pair}`, at temperature",
+        f"{args.temperature:g}: acceptance length {chain_length:.2f} of chains, {of_trees}.",
+        "Steps of no speculation and of vLLM's own are measured; all else is put together, as the script's text tells.",
+        "",
+        f"    {facts['command']}",
+        "",
+    ]
+    names = list(rows[0])
+    lines += ["| " + " | ".join([*names, "auto / vLLM's own", "auto / none"]) + " |", "|" + "--:|" * (len(names) + 2)]
+    for row in rows:
+        cells = [f"{row[name]:.1f}" if "nodes" in name else f"{row[name]:.0f}" for name in names if name in row]
+        ratios = [f"{row['auto'] / row[name]:.2f}" for name in ("vLLM's own", "no speculation")]
+        lines.append("| " + " | ".join(cells + ratios) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        serve(Connection(int(sys.argv[2])))
+    else:
+        main()
