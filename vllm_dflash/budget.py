@@ -84,6 +84,19 @@ def choose(
     return Choice(budget, float(expected[budget]), float(ms[budget]), bool(is_worth_drafting))
 
 
+def even_shares(
+    planned: np.ndarray,  # [R] nodes of each request
+    budget: int,  # at most their sum
+) -> np.ndarray:
+    """[R] nodes of each request whose sum is the budget, none more than was planned, where nobody knows whose they are.
+
+    Example: of 4, 2 and 2 planned ones 4: 2, 1 and 1.
+    """
+    before = np.cumsum(planned, dtype=np.int64)
+    total = max(1, int(planned.sum()))
+    return np.diff(before * budget // total, prepend=0)
+
+
 def stepped(
     samples: Sequence[tuple[int, float]],  # size and value, ascending
     most: int,

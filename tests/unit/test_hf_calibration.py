@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 import torch
 
 from tests.helpers import drafter, target
+from vllm_dflash.calibration import PRIOR_INFORMATION
 from vllm_dflash.hf import SpecGenerateOutput
-from vllm_dflash.hf.calibration import PRIOR_INFORMATION, Calibration, Choices
+from vllm_dflash.hf.calibration import Calibration, Choices
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.drafting import Drafted, DraftRule, chosen
 from vllm_dflash.hf.rejection import reject

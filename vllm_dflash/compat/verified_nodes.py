@@ -13,6 +13,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+from vllm_dflash.budget import even_shares
 from vllm_dflash.compat import patching
 
 #: Of a runner's output, which travels between processes with all its attributes.
@@ -56,11 +59,6 @@ def not_verified(planned: dict[str, int], num_verified: int) -> dict[str, int]:
 
     Example: of 4, 2 and 2 planned ones 4 were verified: 2, 1 and 1 were not.
     """
-    total, before, verified_before = sum(planned.values()), 0, 0
-    missing = {}
-    for name, count in planned.items():
-        before += count
-        verified = before * num_verified // total if total else 0
-        missing[name] = count - (verified - verified_before)
-        verified_before = verified
-    return missing
+    counts = np.fromiter(planned.values(), dtype=np.int64, count=len(planned))
+    missing = counts - even_shares(counts, num_verified)
+    return dict(zip(planned, missing.tolist(), strict=True))

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-PRIOR_INFORMATION = 20.0  # curvature that speaks for a factor of one; about ten observations of an unsure drafter
-SMALLEST, LARGEST = 0.2, 3.0
-_LOWEST_LOGIT = -1e4  # for tokens that cannot be drafted, whose logit is -inf
+from vllm_dflash.calibration import LARGEST, LOWEST_LOGIT, PRIOR_INFORMATION, SMALLEST
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,11 @@ class Calibration:
         num_said: torch.Tensor,  # [B]; how many of them count
     ) -> Calibration:
         """With the observations of a round. A token that is not among the choices says nothing."""
-        logits = choices.logits.clamp(min=_LOWEST_LOGIT)
+        logits = choices.logits.clamp(min=LOWEST_LOGIT)
         probs = (logits * self.factors[:, None]).softmax(dim=-1)
         mean = (probs * logits).sum(dim=-1)  # [B, D]
         variance = (probs * (logits - mean[..., None]).square()).sum(dim=-1)
-        is_said = (choices.token_ids == said[..., None]) & (choices.logits > _LOWEST_LOGIT)
+        is_said = (choices.token_ids == said[..., None]) & (choices.logits > LOWEST_LOGIT)
         depths = torch.arange(said.shape[1], device=said.device)
         counts = is_said.any(dim=-1) & (depths < num_said[:, None])
         slope = (logits * is_said).sum(dim=-1) - mean

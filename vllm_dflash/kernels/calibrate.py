@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from vllm.triton_utils import tl, triton
 
-PRIOR_INFORMATION = 20.0  # curvature that speaks for a factor of one; about ten observations of an unsure drafter
+from vllm_dflash.calibration import LARGEST, LOWEST_LOGIT, PRIOR_INFORMATION, SMALLEST
+
 #: So much is remembered, and no more: traffic changes.
 MOST_INFORMATION = 20_000.0
-SMALLEST, LARGEST = 0.2, 3.0
-_LOWEST_LOGIT = -1e4  # for tokens that cannot be drafted, whose logit is -inf
 GREEDY, SAMPLED = 0, 1
 
 
@@ -70,7 +69,7 @@ def calibrate(
         MOST_INFORMATION,
         SMALLEST,
         LARGEST,
-        _LOWEST_LOGIT,
+        LOWEST_LOGIT,
         D=num_depths,
         C=num_choices,
         BLOCK_C=triton.next_power_of_2(num_choices),

@@ -106,6 +106,57 @@ def merge_tree_attention(
 
 
 @triton.jit
+def tree_tile(
+    key_ptr,  # of a tree's root and one head
+    value_ptr,  # the same
+    words_ptr,  # [rows, WORDS] of the tree
+    rows,  # [X] that look
+    others,  # [Y] that are looked at
+    columns,  # [D]
+    is_row,  # [X]
+    is_other,  # [Y]
+    is_column,  # [D]
+    key_row_stride,
+    value_row_stride,
+    WORDS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
+):
+    """Some rows of a tree as keys [Y, D] and values [Y, D], and which rows see them [X, Y] bool."""
+    mask = is_other[:, None] & is_column[None, :]
+    keys = tl.load(key_ptr + others[:, None] * key_row_stride + columns[None, :], mask=mask, other=0.0)
+    values = tl.load(value_ptr + others[:, None] * value_row_stride + columns[None, :], mask=mask, other=0.0)
+    words = tl.load(
+        words_ptr + rows[:, None] * WORDS + (others // WORD_BITS)[None, :],
+        mask=is_row[:, None] & is_other[None, :],
+        other=0,
+    )
+    return keys, values, ((words >> (others % WORD_BITS)[None, :]) & 1) != 0
+
+
+@triton.jit
+def attend(
+    query,  # [X, D]
+    keys,  # [Y, D]
+    values,  # [Y, D]
+    sees,  # [X, Y] bool
+    scale,
+    top,  # [X]
+    total,  # [X]
+    sums,  # [X, D]
+):
+    """A softmax so far, with these keys: the largest score, the sum of exponentials, and of values weighted by them."""
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(sees, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+    weights = tl.exp(scores - finite_top[:, None])
+    shrink = tl.exp(top - finite_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    sums = sums * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return new_top, total, sums
+
+
+@triton.jit
 def _merge_tree_attention_kernel(
     out_ptr,  # [T, heads, D]
     lse_ptr,  # [heads, T]
@@ -165,34 +216,23 @@ def _merge_tree_attention_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for start in range(0, num_rows, BLOCK_KEYS):
-        keys = start + tl.arange(0, BLOCK_KEYS)
-        is_key = keys < num_rows
-        in_keys = is_key[:, None] & is_column[None, :]
-        key = tl.load(
-            key_ptr + (first + keys)[:, None] * key_row_stride + kv_head * key_head_stride + columns[None, :],
-            mask=in_keys,
-            other=0.0,
+        others = start + tl.arange(0, BLOCK_KEYS)
+        keys, values, sees = tree_tile(
+            key_ptr + first * key_row_stride + kv_head * key_head_stride,
+            value_ptr + first * value_row_stride + kv_head * value_head_stride,
+            words_ptr,
+            rows,
+            others,
+            columns,
+            is_row,
+            others < num_rows,
+            is_column,
+            key_row_stride,
+            value_row_stride,
+            WORDS,
+            WORD_BITS,
         )
-        value = tl.load(
-            value_ptr + (first + keys)[:, None] * value_row_stride + kv_head * value_head_stride + columns[None, :],
-            mask=in_keys,
-            other=0.0,
-        )
-        words = tl.load(
-            words_ptr + rows[:, None] * WORDS + (keys // WORD_BITS)[None, :],
-            mask=is_row[:, None] & is_key[None, :],
-            other=0,
-        )
-        sees = ((words >> (keys % WORD_BITS)[None, :]) & 1) != 0
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(sees, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-        weights = tl.exp(scores - finite_top[:, None])
-        shrink = tl.exp(top - finite_top)
-        total = total * shrink + tl.sum(weights, axis=1)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        top = new_top
+        top, total, sums = attend(query, keys, values, sees, scale, top, total, sums)
 
     highest = tl.maximum(lse, top)
     highest = tl.where(is_row, highest, 0.0)

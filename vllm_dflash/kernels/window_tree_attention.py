@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.tree_attention import attend, tree_tile
 from vllm_dflash.kernels.tree_rows import VerifiedRows
 from vllm_dflash.tree import WORD_BITS
 
@@ -83,29 +84,6 @@ def window_tree_attention(
         BLOCK_ROWS=_BLOCK_ROWS,
         BLOCK_KEYS=_BLOCK_KEYS,
     )
-
-
-@triton.jit
-def _attend(
-    query,  # [rows, D]
-    keys,  # [keys, D]
-    values,  # [keys, D]
-    sees,  # [rows, keys]
-    scale,
-    top,  # [rows]
-    total,  # [rows]
-    sums,  # [rows, D]
-):
-    """The softmax so far, with these keys."""
-    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-    scores = tl.where(sees, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-    weights = tl.exp(scores - finite_top[:, None])
-    shrink = tl.exp(top - finite_top)
-    total = total * shrink + tl.sum(weights, axis=1)
-    sums = sums * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-    return new_top, total, sums
 
 
 @triton.jit
@@ -186,32 +164,30 @@ def _window_tree_attention_kernel(
         keys = tl.load(cache_ptr + offsets[:, None] + columns[None, :], mask=in_slots, other=0.0)
         values = tl.load(cache_ptr + offsets[:, None] + D + columns[None, :], mask=in_slots, other=0.0)
         sees = is_row[:, None] & is_slot[None, :] & (positions[:, None] - slots[None, :] < window)
-        top, total, sums = _attend(query, keys, values, sees, scale, top, total, sums)
+        top, total, sums = attend(query, keys, values, sees, scale, top, total, sums)
 
     words_ptr += tl.load(state_rows_ptr + request).to(tl.int64) * WORD_ROWS * WORDS
     for start in range(0, in_tree, BLOCK_KEYS):
         others = start + tl.arange(0, BLOCK_KEYS)
         is_other = others < in_tree
-        in_others = is_other[:, None] & is_column[None, :]
-        key_rows = (first + others)[:, None]
-        keys = tl.load(
-            key_ptr + key_rows * key_row_stride + kv_head * key_head_stride + columns[None, :],
-            mask=in_others,
-            other=0.0,
-        )
-        values = tl.load(
-            value_ptr + key_rows * value_row_stride + kv_head * value_head_stride + columns[None, :],
-            mask=in_others,
-            other=0.0,
-        )
-        words = tl.load(
-            words_ptr + rows[:, None] * WORDS + (others // WORD_BITS)[None, :],
-            mask=is_row[:, None] & is_other[None, :],
-            other=0,
+        keys, values, sees = tree_tile(
+            key_ptr + first * key_row_stride + kv_head * key_head_stride,
+            value_ptr + first * value_row_stride + kv_head * value_head_stride,
+            words_ptr,
+            rows,
+            others,
+            columns,
+            is_row,
+            is_other,
+            is_column,
+            key_row_stride,
+            value_row_stride,
+            WORDS,
+            WORD_BITS,
         )
         away = positions[:, None] - tl.load(positions_ptr + first + others, mask=is_other, other=0)[None, :]
-        sees = (((words >> (others % WORD_BITS)[None, :]) & 1) != 0) & (away < window)
-        top, total, sums = _attend(query, keys, values, sees, scale, top, total, sums)
+        sees = sees & (away < window)
+        top, total, sums = attend(query, keys, values, sees, scale, top, total, sums)
 
     pointers = out_ptr + (first + rows)[:, None] * out_row_stride + heads[:, None] * out_head_stride + columns[None, :]
     attended = sums / tl.where(is_row, total, 1.0)[:, None]

@@ -31,11 +31,21 @@ def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
         with_trees = _with_trees(impl)
         if with_trees is None:
             raise ValueError(f"{FLAG} is not available with {type(impl).__name__}, which {name} uses: leave it out")
-        found = [what for what, is_there in with_trees.obstacles(impl, trees.shape.num_depths).items() if is_there]
+        obstacles = _common_obstacles(impl) | with_trees.obstacles(impl, trees.shape.num_depths)
+        found = [what for what, is_there in obstacles.items() if is_there]
         if found:
             raise ValueError(f"{FLAG} is not available with {' and '.join(found)}, which {name} has: leave it out")
         impl.__class__ = with_trees
         impl.trees = trees
+
+
+def _common_obstacles(impl: Any) -> dict[str, bool]:
+    """What keeps a layer of any attention backend from verifying trees, by name."""
+    return {
+        "ALiBi": impl.alibi_slopes is not None,
+        "a soft cap": bool(impl.logits_soft_cap),
+        "another layer's K/V": impl.kv_sharing_target_layer_name is not None,
+    }
 
 
 def _with_trees(impl: AttentionImpl) -> Any:

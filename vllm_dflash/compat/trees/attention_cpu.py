@@ -26,13 +26,10 @@ class CPUTreeAttention(CPUAttentionBackendImpl):
 
     @staticmethod
     def obstacles(impl: CPUAttentionBackendImpl, num_depths: int) -> dict[str, bool]:
-        """What keeps a layer from this, by name."""
+        """What else keeps a layer from this, by name."""
         return {
             "sinks": impl.sinks is not None,
-            "ALiBi": impl.alibi_slopes is not None,
-            "a soft cap": bool(impl.logits_soft_cap),
             "a quantized KV cache": impl.is_fp8_kv_cache,
-            "another layer's K/V": impl.kv_sharing_target_layer_name is not None,
             # Then candidates would have to be hidden from each other by their distance.
             f"a window of {impl.sliding_window} rows": 0 <= impl.sliding_window <= num_depths,
         }

@@ -32,13 +32,10 @@ class FlashTreeAttention(FlashAttentionImpl):
 
     @staticmethod
     def obstacles(impl: FlashAttentionImpl, num_depths: int) -> dict[str, bool]:
-        """What keeps a layer from this, by name."""
+        """What else keeps a layer from this, by name."""
         return {
             f"FlashAttention {impl.vllm_flash_attn_version}": impl.vllm_flash_attn_version != 3,
-            "ALiBi": impl.alibi_slopes is not None,
-            "a soft cap": bool(impl.logits_soft_cap),
             "a quantized KV cache": impl.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
-            "another layer's K/V": impl.kv_sharing_target_layer_name is not None,
             "context parallelism": impl.dcp_world_size > 1,
         }
 

@@ -23,7 +23,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dflash.budget import Choice, StepCosts, choose
+from vllm_dflash.budget import Choice, StepCosts, choose, even_shares
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
 from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
 from vllm_dflash.compat.trees.overhead import Overhead
@@ -132,13 +132,11 @@ class TreeBudget:
         planned, others = num_draft_tokens_per_req, num_scheduled_tokens - num_draft_tokens_per_req
         self._planned, self._others = planned.astype(np.int32), others.astype(np.int32)
         self._planned_logits = cu_num_logits_np
-        total = int(planned.sum())
-        if self._chosen == total:
+        if self._chosen == planned.sum():
             return num_scheduled_tokens, cu_num_logits_np
         if self._chosen == 0:
             return others, np.arange(len(others) + 1, dtype=cu_num_logits_np.dtype)
-        even = np.diff(np.cumsum(planned, dtype=np.int64) * self._chosen // total, prepend=0)
-        return others + even.astype(others.dtype), cu_num_logits_np
+        return others + even_shares(planned, self._chosen).astype(others.dtype), cu_num_logits_np
 
     def reallocate_drafts(
         self, req_ids: list[str], idx_mapping: torch.Tensor
