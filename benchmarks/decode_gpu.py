@@ -35,6 +35,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=parse_numbers, default=(1, 8, 16, 32, 64, 128), help="concurrent requests")
     parser.add_argument("--contexts", type=parse_numbers, default=(512, 8192), help="prompt tokens")
@@ -100,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run-timeout", type=float, default=180.0, help="seconds for one run of one engine")
     parser.add_argument("--output", type=Path, help="write the report there (markdown)")
     parser.add_argument("--save", type=Path, help="keep the results so far there (JSON)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.real and args.pair is None:
         parser.error("--real needs --pair: random weights have no acceptance worth the name")
     if args.pair is not None and not (args.pair / "target" / "config.json").is_file():

@@ -24,10 +24,11 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+import decode_gpu
 import numpy as np
 from gpu.decode.child import serve
 from gpu.decode.job import engine_job
@@ -67,15 +68,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def workload_of(args: argparse.Namespace, pair: Path | None, engines: tuple[str, ...], requests: int) -> Workload:
+def workload_of(args: argparse.Namespace, pair: Path | None, engines: Sequence[str], requests: int) -> Workload:
     """As decode_gpu.py would have it."""
-    settings: dict[str, Any] = {
-        "pair": pair, "real": pair is not None, "engines": engines, "requests": (requests,), "contexts": (512,),
-        "output_tokens": args.output_tokens, "temperature": args.temperature, "profile": (), "k": None,
-        "dtype": "bfloat16", "shared_from": 2048, "acceptance": 6.0, "additional_config": {}, "capture_all": False,
-        "engine_args": {"gpu_memory_utilization": 0.05} if pair else {}, "arrivals": 0.0,
-    }  # fmt: skip
-    return Workload(argparse.Namespace(**settings), Path(tempfile.mkdtemp(prefix="modelled-trees-")))
+    given = ["--engines", ",".join(engines), "--requests", str(requests), "--contexts", "512", "--dtype", "bfloat16"]
+    given += ["--output-tokens", str(args.output_tokens), "--temperature", str(args.temperature)]
+    if pair is not None:
+        given += ["--pair", str(pair), "--real", "--engine-args", '{"gpu_memory_utilization": 0.05}']
+    return Workload(decode_gpu.parse_arguments(given), Path(tempfile.mkdtemp(prefix="modelled-trees-")))
 
 
 def ask_engines(args: argparse.Namespace, workload: Workload, requests: dict[str, Record]) -> dict[str, Record]:

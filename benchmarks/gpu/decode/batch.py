@@ -16,6 +16,20 @@ PROFILED_STEPS = 20
 Step = tuple[float, int, bool, bool]  # when its output came, tokens, have all requests had output, has any ended
 
 
+def exactly(max_tokens: int, temperature: float) -> Any:
+    """Sampling parameters of a request for so many tokens, told as they come."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
 def run_batch(
     llm: Any,
     prompts: list[list[int]],
@@ -27,17 +41,7 @@ def run_batch(
 
     `steady_step` is called after every step from where all of them have had output.
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    engine = llm.llm_engine
-    sampling = SamplingParams(
-        temperature=temperature,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    engine, sampling = llm.llm_engine, exactly(max_tokens, temperature)
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
     token_ids: list[list[int]] = [[] for _ in prompts]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,7 +29,7 @@ def serve(connection: Connection) -> None:
 
 
 def answer(llm: Any, request: Record) -> Record:
-    """Run one batch of prompts to its end: token ids, and what a step of the steady region took."""
+    """What a request asks for: a figure of the engine, a time of load, or else a batch."""
     if "draft_graph" in request:
         return time_draft_graph(llm, request["draft_graph"])
     if request.get("costs"):
@@ -36,26 +37,25 @@ def answer(llm: Any, request: Record) -> Record:
     if request.get("record"):
         return record_trees(llm, request)
     if "load" in request:
-        return answer_load(llm, request)
-    counters = request["counters"] and drafter_of(model_runner(llm)) is not None
-    before = read_counters(llm) if counters else (0, 0)
+        return counted(llm, lambda: run_load(llm, request["prompts"], Load(**request["load"])))
+    return counted(llm, lambda: batch_answer(llm, request)) if request["counters"] else batch_answer(llm, request)
+
+
+def batch_answer(llm: Any, request: Record) -> Record:
+    """Run one batch of prompts to its end: token ids, and what a step of the steady region took."""
     trace = Trace(llm, request["trace"]) if request.get("trace") else None
     steps, token_ids = run_batch(
         llm, request["prompts"], request["max_tokens"], request["temperature"], trace.step if trace else None
     )
     result: Record = {"token_ids": token_ids} | steady_region(steps, len(request["prompts"]))
-    if counters:
-        drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
-        result |= {"drafts": drafts, "accepted": accepted}
     return result | ({"profile": trace.summary()} if trace else {})
 
 
-def answer_load(llm: Any, request: Record) -> Record:
-    """Serve requests that come and go."""
-    has_drafter = drafter_of(model_runner(llm)) is not None
-    before = read_counters(llm) if has_drafter else (0, 0)
-    result = run_load(llm, request["prompts"], Load(**request["load"]))
-    if has_drafter:
-        drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
-        result |= {"drafts": drafts, "accepted": accepted}
-    return result
+def counted(llm: Any, run: Callable[[], Record]) -> Record:
+    """What a run gives, and what vLLM counted of its drafts, if there are any."""
+    if drafter_of(model_runner(llm)) is None:
+        return run()
+    before = read_counters(llm)
+    result = run()
+    drafts, accepted = (now - then for now, then in zip(read_counters(llm), before, strict=True))
+    return result | {"drafts": drafts, "accepted": accepted}

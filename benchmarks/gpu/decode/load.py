@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from gpu.decode.batch import exactly
 from gpu.names import Record
 
 THINK_SECONDS = 0.02  # mean of an exponential distribution
@@ -30,9 +31,6 @@ class Load:
 
 def run_load(llm: Any, prompts: list[list[int]], load: Load) -> Record:
     """Serve the load for its time: tokens/s, what a step took, and how many requests ran, all after the ramp."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     engine, rng = llm.llm_engine, random.Random(load.seed)
     begun = time.perf_counter()
     # Users begin spread over half of the ramp: (when one asks, which of their requests it is).
@@ -45,13 +43,7 @@ def run_load(llm: Any, prompts: list[list[int]], load: Load) -> Record:
         while asking and asking[0][0] <= now:
             _, user = heapq.heappop(asking)
             name, number = f"load-{load.seed}-{number}", number + 1
-            sampling = SamplingParams(
-                temperature=load.temperature,
-                max_tokens=rng.randint(load.shortest, load.longest),
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
+            sampling = exactly(rng.randint(load.shortest, load.longest), load.temperature)
             engine.add_request(name, {"prompt_token_ids": prompts[number % len(prompts)]}, sampling)
             running[name] = user
         if not running:

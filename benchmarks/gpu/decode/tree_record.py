@@ -14,8 +14,8 @@ class TreeRecorder:
     """Looks into an engine of draft trees after each of its steps: a verification is of the step before's trees."""
 
     def __init__(self, llm: Any) -> None:
-        self.drafting = drafter_of(model_runner(llm)).trees
         self.speculator = drafter_of(model_runner(llm))
+        self.drafting = self.speculator.trees
         self.records: list[Record] = []
         self.num_odd = 0
         self._last: dict[int, tuple[list[float], list[int]]] = {}  # by row of the state: likelihoods, parents
