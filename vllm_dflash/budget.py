@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
@@ -33,15 +33,32 @@ class StepCosts:
         """The same beside other overheads."""
         return replace(self, overheads_ms=(without_drafting, with_drafting))
 
-    def gpu_ms(self, rows: Any, num_reqs: int, context: float, drafts: bool) -> Any:
-        """The measured parts of a step of so many rows (a number, or an array of them)."""
-        more_context = context - self.profiled_context[rows]
-        drafting = self.draft_ms[num_reqs] if drafts else 0.0
-        return np.maximum(self.verify_ms[rows] + drafting + self.context_ms * more_context, 1e-6)
+    @cached_property
+    def rows_ms(self) -> np.ndarray:
+        """[rows + 1]: what rows take where no context is read."""
+        return self.verify_ms - self.context_ms * self.profiled_context
 
-    def step_ms(self, rows: Any, num_reqs: int, context: float, drafts: bool) -> Any:
+    def gpu_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
+        """The measured parts of a step of so many rows."""
+        return max(float(self.rows_ms[rows]) + self._other_ms(num_reqs, context, drafts), 1e-6)
+
+    def step_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The whole step."""
         return self.gpu_ms(rows, num_reqs, context, drafts) + self.overheads_ms[drafts]
+
+    def steps_ms(
+        self,
+        first: int,
+        last: int,
+        num_reqs: int,
+        context: float,
+    ) -> np.ndarray:
+        """[last - first + 1]: steps with drafting, of `first` rows and each number more up to `last`."""
+        gpu_ms = self.rows_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
+        return np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True]
+
+    def _other_ms(self, num_reqs: int, context: float, drafts: bool) -> float:
+        return self.context_ms * context + (float(self.draft_ms[num_reqs]) if drafts else 0.0)
 
     def summary(self) -> str:
         """The table at some sizes, for a person."""
@@ -74,27 +91,33 @@ def choose(
     costs: StepCosts,
 ) -> Choice:
     """The number of nodes of most expected tokens a second, and whether drafting is worth it at all."""
-    most = max(0, len(costs.verify_ms) - 1 - num_other_rows)
-    expected = num_sampling + np.concatenate(([0.0], np.cumsum(likelihoods[:most])))
-    rows: np.ndarray = num_other_rows + np.arange(len(expected))
-    ms = costs.step_ms(rows, num_reqs, context, drafts=True)
-    budget = int(np.argmax(expected / ms))
+    most = min(len(likelihoods), max(0, len(costs.verify_ms) - 1 - num_other_rows))
+    expected: np.ndarray = np.empty(most + 1)
+    expected[0] = 0.0
+    np.cumsum(likelihoods[:most], out=expected[1:])
+    expected += num_sampling
+    ms = costs.steps_ms(num_other_rows, num_other_rows + most, num_reqs, context)
+    budget = int((expected / ms).argmax())
+    tokens, step_ms = float(expected[budget]), float(ms[budget])
     without = num_sampling / costs.step_ms(num_other_rows, num_reqs, context, drafts=False)
-    is_worth_drafting = expected[budget] / ms[budget] * STOPPING_GAIN >= without
-    return Choice(budget, float(expected[budget]), float(ms[budget]), bool(is_worth_drafting))
+    return Choice(budget, tokens, step_ms, is_worth_drafting=tokens / step_ms * STOPPING_GAIN >= without)
 
 
 def even_shares(
-    planned: np.ndarray,  # [R] nodes of each request
+    planned: Sequence[int],  # R: nodes of each request
     budget: int,  # at most their sum
-) -> np.ndarray:
-    """[R] nodes of each request whose sum is the budget, none more than was planned, where nobody knows whose they are.
+) -> list[int]:
+    """Nodes of each request whose sum is the budget, none more than was planned, where nobody knows whose they are.
 
     Example: of 4, 2 and 2 planned ones 4: 2, 1 and 1.
     """
-    before = np.cumsum(planned, dtype=np.int64)
-    total = max(1, int(planned.sum()))
-    return np.diff(before * budget // total, prepend=0)
+    total, before, given, shares = max(1, sum(planned)), 0, 0, []
+    for count in planned:
+        before += count
+        until = before * budget // total
+        shares.append(until - given)
+        given = until
+    return shares
 
 
 def stepped(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import threading
@@ -14,7 +15,7 @@ from gpu.names import Record
 from gpu.output import say
 
 SAMPLE_MS = 100
-QUERY = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+QUERY = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", str(SAMPLE_MS)]
 
 Sample = tuple[float, float, float]  # time.monotonic(), SM clock in MHz, power in W
 
@@ -28,7 +29,7 @@ class CardMonitor:
 
     def __enter__(self) -> Self:
         try:
-            command = [*QUERY, "-lms", str(SAMPLE_MS)]
+            command = ["nvidia-smi", "-i", first_card(os.environ.get("CUDA_VISIBLE_DEVICES")), *QUERY]
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except FileNotFoundError:
             say("no nvidia-smi here: clock and power of the card are not recorded")
@@ -55,6 +56,11 @@ class CardMonitor:
             "sm_mhz": statistics.median(sample[1] for sample in found),
             "watts": statistics.median(sample[2] for sample in found),
         }
+
+
+def first_card(visible: str | None) -> str:
+    """The card that a process computes on: the first that CUDA_VISIBLE_DEVICES names."""
+    return (visible or "0").split(",")[0]
 
 
 def parsed(line: str) -> tuple[float, float] | None:

@@ -61,7 +61,7 @@ def test_trees_are_known_two_steps_later(one_rank: None) -> None:
     assert step(budget, {"a": 0, "b": 0}) == 0  # prompts: nothing has been drafted
     assert step(budget, {"a": 4, "b": 4}) == 3  # all likelihoods are one so far, and five rows cost as much as one
     # Now the first trees are known: 2 tokens in 1 ms, 2 + 0.9 + 0.8 in 1.4, all in 3. As if all were likely: 10 in 3.
-    budget.costs = made_budget([1.0] * 3 + [1.4] * 2 + [3.0] * 9, draft_ms=0.0).costs
+    budget._costs_in_force = made_budget([1.0] * 3 + [1.4] * 2 + [3.0] * 9, draft_ms=0.0).costs
     assert step(budget, {"a": 4, "b": 4}) == 2
 
 
@@ -87,7 +87,7 @@ def test_what_the_host_takes_for_the_rows(one_rank: None) -> None:
     planned, scheduled = np.array([4, 2, 0], dtype=np.int32), np.array([5, 3, 7], dtype=np.int32)
     starts = np.array([0, 5, 8, 9], dtype=np.int32)
     for chosen, rows in ((6, [5, 3, 7]), (3, [3, 2, 7]), (1, [1, 2, 7]), (0, [1, 1, 7])):
-        budget._chosen = chosen
+        budget._num_planned, budget._chosen = 6, chosen
         tokens, bounds = budget.compact_batch(planned, scheduled, starts)
         assert tokens.tolist() == rows and tokens.dtype == np.int32
         assert bounds.tolist() == ([0, 1, 2, 3] if chosen == 0 else starts.tolist())
@@ -106,11 +106,22 @@ def test_where_the_host_s_plan_is_right(one_rank: None) -> None:
     budget = made_budget([1.0] * 12)
     planned, scheduled = np.array([4, 2], dtype=np.int32), np.array([5, 3], dtype=np.int32)
     for chosen, expected in ((6, [0, 5, 8]), (0, [0, 1, 2])):
-        budget._chosen = chosen
+        budget._num_planned, budget._chosen = 6, chosen
         budget.compact_batch(planned, scheduled, np.array([0, 5, 8], dtype=np.int32))
         budget._query_start_loc.copy_(torch.tensor([0, 7, 9]))
         bounds, starts, count = budget.reallocate_drafts(["a", "b"], torch.tensor([1, 0]))
         assert (bounds.tolist(), starts.tolist(), count) == (expected, [0, 7, 9], chosen)
+
+
+def test_one_request_and_equal_ones_need_no_sharing(one_rank: None) -> None:
+    budget = made_budget([1.0] * 12)
+    for planned, chosen, expected in (([4], 3, [0, 4]), ([3, 3], 6, [0, 4, 8]), ([4], 0, [0, 1])):
+        budget._num_planned, budget._chosen = sum(planned), chosen
+        counts = np.array(planned, dtype=np.int32)
+        budget.compact_batch(counts, counts + 1, np.zeros(len(planned) + 1, dtype=np.int32))
+        req_ids = ["a", "b"][: len(planned)]
+        bounds, _, count = budget.reallocate_drafts(req_ids, torch.arange(len(planned)))
+        assert (bounds.tolist(), bounds.dtype, count) == (expected, torch.int32, chosen)
 
 
 # Likelihoods.

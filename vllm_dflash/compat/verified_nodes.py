@@ -13,8 +13,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from vllm_dflash.budget import even_shares
 from vllm_dflash.compat import patching
 
@@ -50,7 +48,8 @@ def update_from_output(self: Any, scheduler_output: Any, model_runner_output: An
     num_nodes = getattr(model_runner_output, _VERIFIED, None)
     if num_nodes is not None:
         planned = {name: len(tokens) for name, tokens in scheduler_output.scheduled_spec_decode_tokens.items()}
-        scheduler_output.num_invalid_spec_tokens = not_verified(planned, num_nodes)
+        if sum(planned.values()) != num_nodes:
+            scheduler_output.num_invalid_spec_tokens = not_verified(planned, num_nodes)
     return patching.original(Scheduler, "update_from_output")(self, scheduler_output, model_runner_output)
 
 
@@ -59,6 +58,5 @@ def not_verified(planned: dict[str, int], num_verified: int) -> dict[str, int]:
 
     Example: of 4, 2 and 2 planned ones 4 were verified: 2, 1 and 1 were not.
     """
-    counts = np.fromiter(planned.values(), dtype=np.int64, count=len(planned))
-    missing = counts - even_shares(counts, num_verified)
-    return dict(zip(planned, missing.tolist(), strict=True))
+    shares = even_shares(list(planned.values()), num_verified)
+    return {name: count - share for (name, count), share in zip(planned.items(), shares, strict=True)}

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
+
 #: Rows that one program handles at a time. Fixed, so that one compiled kernel serves prefill and decode.
 _ROWS = 256
 
@@ -175,6 +177,7 @@ def _slots(
 
 
 # Batch sizes differ from step to step: specialising on their divisibility would compile the kernel again and again.
+@RepeatedLaunch
 @triton.jit(
     do_not_specialize=[
         "num_reqs",

@@ -14,6 +14,8 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
+
 _BLOCK = 1024
 
 
@@ -41,6 +43,7 @@ def _addresses(pointers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return async_tensor_h2d(list(pointers), dtype=torch.int64, device=device)
 
 
+@RepeatedLaunch
 @triton.jit
 def _gather_features_kernel(
     out_ptr,  # [C, F*H]

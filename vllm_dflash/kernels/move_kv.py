@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
+
 
 @dataclass(frozen=True)
 class KVCaches:
@@ -64,6 +66,7 @@ def move_accepted_kv(
     )
 
 
+@RepeatedLaunch
 @triton.jit
 def _move_kv_kernel(
     addresses_ptr,  # [L]

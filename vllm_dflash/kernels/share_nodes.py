@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
+
 _ONE = 0x3F800000  # the bits of 1.0
 
 
@@ -46,6 +48,7 @@ def share_nodes(
     )
 
 
+@RepeatedLaunch
 @triton.jit(do_not_specialize=["budget", "num_reqs"])
 def _share_nodes_kernel(
     probs_ptr,  # [S, N]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
+
 _ROWS = 256
 
 
@@ -72,6 +74,7 @@ def write_verified_rows(
     )
 
 
+@RepeatedLaunch
 @triton.jit(do_not_specialize=["num_reqs", "num_reqs_padded", "num_rows"])
 def _verified_rows_kernel(
     out_state_rows_ptr,  # [P]
@@ -195,6 +198,7 @@ def write_accepted_rows(
     )
 
 
+@RepeatedLaunch
 @triton.jit(do_not_specialize=["num_verifying"])
 def _accepted_rows_kernel(
     out_rows_ptr,  # [C]

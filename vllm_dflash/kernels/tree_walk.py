@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
+
 ROOT = tl.constexpr(-1)
 
 
@@ -55,6 +57,7 @@ def walk_trees(
     return sampled, num_sampled, rows
 
 
+@RepeatedLaunch
 @triton.jit
 def _walk_trees_kernel(
     sampled_ptr,  # [R, 1+N]

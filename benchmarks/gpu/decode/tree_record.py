@@ -33,7 +33,7 @@ class TreeRecorder:
         self._last = {row: (store.trees.probs[row].tolist(), store.trees.parents[row].tolist()) for row in state_rows}
 
     def _note(self, likelihoods: list[float], parents: list[int], way: list[int]) -> None:
-        is_way = all(parents[row - 1] + 1 == before for row, before in zip(way, [0, *way[:-1]], strict=True))
+        is_way = [parents[row - 1] + 1 for row in way] == [0, *way][: len(way)]
         if not is_way:  # of another step's tree: nothing that could be counted
             self.num_odd += 1
             return

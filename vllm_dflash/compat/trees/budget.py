@@ -48,13 +48,15 @@ class TreeBudget:
         self._has_drafts = False  # whether the step before did
         self._likelihoods = HostLikelihoods(max_num_reqs, num_nodes, device)
         self._overhead = Overhead()
-        self._overheads_ms = (0.0, 0.0)
+        self._costs_in_force: StepCosts | None = None  # with the overheads seen last
         self._num_steps = self._num_without = 0
-        # Of the step under way: nodes of all requests, and for each what was planned, and its other rows.
-        self._chosen = 0
+        # Of the step under way: nodes of all requests that were planned and that are verified; each request's rows,
+        # and of these its planned nodes; bounds of their logits, if all is verified.
+        self._num_planned = self._chosen = 0
         self._planned: np.ndarray = np.zeros(0, dtype=np.int32)
-        self._others: np.ndarray = np.zeros(0, dtype=np.int32)
-        self._planned_logits: np.ndarray = np.zeros(1, dtype=np.int32)  # their bounds, if all is verified
+        self._scheduled: np.ndarray = np.zeros(0, dtype=np.int32)
+        self._planned_logits: np.ndarray = np.zeros(1, dtype=np.int32)
+        self._even_bounds: dict[int, torch.Tensor] = {}
         self._log = _Log()
 
     # Start-up, in the order that it happens.
@@ -65,6 +67,7 @@ class TreeBudget:
         """Learn the runner's structures. A runner begins twice: it profiles its memory with other ones."""
         assert num_bonus_tokens == 1, f"{num_bonus_tokens=}"
         self._req_states, self._query_start_loc = req_states, query_start_loc
+        self._even_bounds.clear()
         self._cu_num_logits = torch.zeros_like(query_start_loc)
         self._max_total_logits = max_total_logits
         return self
@@ -74,6 +77,7 @@ class TreeBudget:
         self._store, states = store, self._req_states
         sizes = (states.max_num_batched_tokens, states.max_num_reqs, max_model_len - 1 - self.num_nodes)
         self._profile = CostProfile(target, dtype, *sizes)
+        self._compile_sharing()
 
     def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
         """Arguments of the made-up steps that the runner times."""
@@ -83,7 +87,7 @@ class TreeBudget:
         """What they took. The same on every rank of a tensor-parallel group: the first one's."""
         if not self._profile.planned:
             return  # nothing is captured whole
-        self.costs = get_tp_group().broadcast_object(self._profile.costs(samples), src=0)
+        self.costs, self._costs_in_force = get_tp_group().broadcast_object(self._profile.costs(samples), src=0), None
         assert self.costs is not None
         logger.info("vllm_dflash: %s", self.costs.summary())
 
@@ -96,27 +100,31 @@ class TreeBudget:
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Rows that the step runs, of those that were planned."""
         self._overhead.begin_step()
-        req_ids = list(num_tokens_per_req)
-        planned: np.ndarray = np.array([len(draft_tokens.get(req_id, ())) for req_id in req_ids])
-        others = np.array(list(num_tokens_per_req.values())) - planned
-        state_rows = np.array([self._req_states.req_id_to_index[req_id] for req_id in req_ids])
-        computed = self._req_states.num_computed_tokens_np[state_rows]
-        ends_prompt = computed + others >= self._req_states.prefill_len.np[state_rows]
-        known, costs = self._likelihoods.of(state_rows), self._costs_now()
-        room = max(0, self._max_total_logits - len(req_ids))
-        context = float(computed.sum())
-        planned_nodes = _descending(known[np.arange(self.num_nodes) < planned[:, None]], room)
-        choice = choose(planned_nodes, int(ends_prompt.sum()), int(others.sum()), len(req_ids), context, costs)
+        states, costs = self._req_states, self._costs_now()
+        num_reqs = len(num_tokens_per_req)
+        planned = [len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req]
+        self._num_planned, most = sum(planned), max(planned)
+        num_others = sum(num_tokens_per_req.values()) - self._num_planned
+        state_rows: np.ndarray = np.array([states.req_id_to_index[req_id] for req_id in num_tokens_per_req])
+        computed = states.num_computed_tokens_np[state_rows]
+        context, known = float(computed.sum()), self._likelihoods.of(state_rows)
+        batch, room = (num_reqs, context, costs), max(0, self._max_total_logits - num_reqs)
+        all_nodes = _descending(known[:, : most or self.num_nodes], room)
+        # What is drafted now is verified when all of these requests have trees.
+        later = choose(all_nodes, num_reqs, num_reqs, *batch)
+        if most and self._num_planned == num_reqs * most and num_others == num_reqs:
+            choice = later
+        else:  # prompts have no trees yet
+            others = np.array(list(num_tokens_per_req.values())) - planned
+            ends_prompt = computed + others >= states.prefill_len.np[state_rows]
+            planned_nodes = _descending(known[np.arange(self.num_nodes) < np.array(planned)[:, None]], room)
+            choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, *batch)
         self._chosen = choice.budget if self._has_drafts else 0
-        if planned.min() < planned.max() or not planned.any():
-            # Prompts have no trees yet. What is drafted now is verified when all of these requests have.
-            all_nodes = _descending(known[:, : int(planned.max()) or self.num_nodes], room)
-            choice = choose(all_nodes, len(req_ids), len(req_ids), len(req_ids), context, costs)
-        self.drafts = self._is_to_draft(choice)
-        num_rows = int(others.sum()) + self._chosen
-        if (others == 1).all():
-            self._overhead.note(costs.gpu_ms(num_rows, len(req_ids), context, self.drafts), self.drafts)
-            self._log.note(len(req_ids), self._chosen, choice, self.drafts)
+        self.drafts = self._is_to_draft(later)
+        num_rows = num_others + self._chosen
+        if num_others == num_reqs:
+            self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
+            self._log.note(num_reqs, self._chosen, later, self.drafts)
         return num_rows
 
     def compact_batch(
@@ -129,31 +137,33 @@ class TreeBudget:
 
         Which request's the nodes are only the device knows; their sum is right.
         """
-        planned, others = num_draft_tokens_per_req, num_scheduled_tokens - num_draft_tokens_per_req
-        self._planned, self._others = planned.astype(np.int32), others.astype(np.int32)
+        self._planned, self._scheduled = num_draft_tokens_per_req, num_scheduled_tokens
         self._planned_logits = cu_num_logits_np
-        if self._chosen == planned.sum():
+        if self._chosen == self._num_planned:
             return num_scheduled_tokens, cu_num_logits_np
+        others = num_scheduled_tokens - num_draft_tokens_per_req
         if self._chosen == 0:
             return others, np.arange(len(others) + 1, dtype=cu_num_logits_np.dtype)
-        return others + even_shares(planned, self._chosen).astype(others.dtype), cu_num_logits_np
+        shares = even_shares(num_draft_tokens_per_req.tolist(), self._chosen)
+        return others + np.array(shares, dtype=others.dtype), cu_num_logits_np
 
     def reallocate_drafts(
         self, req_ids: list[str], idx_mapping: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """The nodes shared out on the device: `cu_num_logits` [R+1], `query_start_loc`, and how many nodes it are."""
-        if self._chosen in (0, int(self._planned.sum())):  # then the host's plan is right for each request
-            bounds = np.arange(len(req_ids) + 1, dtype=np.int32) if not self._chosen else self._planned_logits
-            return async_tensor_h2d(bounds, device=self.device), self._query_start_loc, self._chosen
-        share_nodes(
-            self._store.trees.probs,
-            idx_mapping,
-            async_tensor_h2d(np.stack((self._planned, self._others)), device=self.device),
-            self._chosen,
-            self._cu_num_logits,
-            self._query_start_loc,
-        )
-        return self._cu_num_logits[: len(req_ids) + 1], self._query_start_loc, self._chosen
+        bounds, num_reqs = self._cu_num_logits, len(req_ids)
+        if self._chosen == 0 or num_reqs == 1:  # then the host's plan is right for each request
+            bounds = self._bounds_of(self._chosen)
+        elif self._chosen == self._num_planned:
+            first = int(self._planned[0])
+            is_even = first * num_reqs == self._num_planned and (self._planned == first).all()
+            bounds = self._bounds_of(first) if is_even else async_tensor_h2d(self._planned_logits, device=self.device)
+        else:
+            planned, others = self._planned, self._scheduled - self._planned
+            rows = async_tensor_h2d(np.stack((planned, others)), device=self.device, dtype=torch.int32)
+            probs = self._store.trees.probs
+            share_nodes(probs, idx_mapping, rows, self._chosen, bounds, self._query_start_loc)
+        return bounds[: num_reqs + 1], self._query_start_loc, self._chosen
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
         """The step has drafted, or not."""
@@ -171,10 +181,29 @@ class TreeBudget:
         if self.costs is None:
             logger.warning("vllm_dflash: without CUDA graphs steps are not timed, so their costs are assumed")
             self.costs = assumed_costs(self._req_states.max_num_batched_tokens, self._req_states.max_num_reqs)
-        if self._num_steps % _OVERHEAD_STEPS == 0:
-            self._overheads_ms = get_tp_group().broadcast_object(self._overhead.ms(), src=0)
+        if self._costs_in_force is None or self._num_steps % _OVERHEAD_STEPS == 0:
+            overheads_ms = get_tp_group().broadcast_object(self._overhead.ms(), src=0)
+            self._costs_in_force = self.costs.with_overheads(*overheads_ms)
         self._num_steps += 1
-        return self.costs.with_overheads(*self._overheads_ms)
+        return self._costs_in_force
+
+    def _bounds_of(self, num_nodes: int) -> torch.Tensor:
+        """[requests + 1] bounds of their logits, where each verifies so many nodes."""
+        if num_nodes not in self._even_bounds:
+            numbers = torch.arange(len(self._cu_num_logits), dtype=torch.int32, device=self.device)
+            self._even_bounds[num_nodes] = numbers * (1 + num_nodes)
+        return self._even_bounds[num_nodes]
+
+    def _compile_sharing(self) -> None:
+        """The kernel's variants, by powers of two of requests, so that none is compiled while requests wait."""
+        if self.device.type != "cuda":
+            return
+        probs, scratch = self._store.trees.probs, torch.zeros_like(self._cu_num_logits)
+        for exponent in range(len(scratch).bit_length()):
+            num_reqs = min(2**exponent, len(probs))
+            rows = torch.ones(2, num_reqs, dtype=torch.int32, device=self.device)
+            of_state = torch.arange(num_reqs, device=self.device)
+            share_nodes(probs, of_state, rows, num_reqs, self._cu_num_logits, scratch)
 
     def _is_to_draft(self, choice: Choice) -> bool:
         """While nothing is drafted, trees are taken to be as likely as the last ones were."""
@@ -186,7 +215,7 @@ class TreeBudget:
 
 
 def _descending(
-    likelihoods: np.ndarray,
+    likelihoods: np.ndarray,  # of any shape
     most: int,
 ) -> np.ndarray:
     """The largest ones."""

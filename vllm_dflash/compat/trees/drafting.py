@@ -66,7 +66,7 @@ class TreeDrafting:
                 batch.cu_num_logits,
                 num_sampled,
             )
-        longest = int(batch.num_scheduled_tokens[num_reqs:].max(initial=1))
+        longest = int(batch.num_scheduled_tokens[num_reqs:].max(initial=1)) if num_reqs < batch.num_reqs else 1
         write_accepted_rows(
             self._rows,
             self.store.way,

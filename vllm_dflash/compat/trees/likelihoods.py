@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-#: How much of what is expected of a new request's tree is the last step's news.
-_NEWS = 0.05
+#: How much of what is expected of a new request's tree is the last news, and how often it is asked for.
+_NEWS, _NEWS_STEPS = 0.25, 8
 
 
 class HostLikelihoods:
@@ -21,9 +21,10 @@ class HostLikelihoods:
         self.known = np.ones((max_num_reqs, num_nodes))  # [S, N]
         is_cuda = device.type == "cuda"
         self._on_host = torch.zeros(max_num_reqs, num_nodes, pin_memory=is_cuda)
+        self._read_from = self._on_host.numpy()
         self._event = torch.cuda.Event() if is_cuda else None
         self._copied: np.ndarray | None = None  # rows of the copy that is under way
-        self._has_news = False
+        self._num_reads = 0
 
     def expect_average(self, state_row: int) -> None:
         """Of a request that takes this row."""
@@ -56,7 +57,9 @@ class HostLikelihoods:
             return
         if self._event is not None:
             self._event.synchronize()
-        self.known[rows] = self._on_host.numpy()[rows]
-        news = self.known[rows].mean(axis=0)
-        self.average = (1 - _NEWS) * self.average + _NEWS * news if self._has_news else news
-        self._has_news = True
+        news = self._read_from[rows]
+        self.known[rows] = news
+        if self._num_reads % _NEWS_STEPS == 0:
+            share = _NEWS if self._num_reads else 1.0
+            self.average = (1 - share) * self.average + share * news.mean(axis=0)
+        self._num_reads += 1
