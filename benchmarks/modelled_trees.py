@@ -111,7 +111,7 @@ def modelled(shape: Record, point: Record, records: list[Record], chain_length: 
     num_reqs, context = point["requests"], float(point["requests"] * point["context"])
     step_ms = {name: float(np.median([turn[name]["ms_step"] for turn in point["rounds"]])) for name in (NONE, OWN)}
     overhead = max(0.0, step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False))
-    costs = costs.with_overheads(overhead, overhead)
+    costs = costs.with_overheads((overhead, overhead), (0.0, 0.0))
     result = {
         "requests": num_reqs,
         "no speculation": 1000 * num_reqs / step_ms[NONE],
@@ -158,7 +158,7 @@ def report(args: argparse.Namespace, rows: list[Record], records: list[Record], 
     names = list(rows[0])
     lines += ["| " + " | ".join([*names, "auto / vLLM's own", "auto / none"]) + " |", "|" + "--:|" * (len(names) + 2)]
     for row in rows:
-        cells = [f"{row[name]:.1f}" if "nodes" in name else f"{row[name]:.0f}" for name in names if name in row]
+        cells = [f"{row[name]:.{1 if 'nodes' in name else 0}f}" if name in row else "-" for name in names]
         ratios = [f"{row['auto'] / row[name]:.2f}" for name in ("vLLM's own", "no speculation")]
         lines.append("| " + " | ".join(cells + ratios) + " |")
     return "\n".join(lines) + "\n"

@@ -17,21 +17,27 @@ import numpy as np
 
 #: Without drafts a step must be so much better before drafting stops: what is drafted next is not known.
 STOPPING_GAIN = 1.02
+#: The device's part of a step that the host's hides surely.
+_HIDDEN = 0.9
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Milliseconds of a step's parts. The first three are measured at start-up, the overheads while serving."""
+    """Milliseconds of a step's parts. The first four are measured at start-up, the others while serving.
+
+    Pairs are without drafting and with it.
+    """
 
     verify_ms: np.ndarray  # [rows + 1]: the target's forward and logits, of so many rows
     draft_ms: np.ndarray  # [requests + 1]: drafting for so many requests
     context_ms: float  # more for each slot of context that the batch's attention reads
     profiled_context: np.ndarray  # [rows + 1]: slots that were read when `verify_ms` was measured
-    overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else in a step without and with drafting, the host's part too
+    overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else that a step's start and end are apart
+    host_ms: tuple[float, float] = (0.0, 0.0)  # work of the host beside the device's: a step takes no less
 
-    def with_overheads(self, without_drafting: float, with_drafting: float) -> StepCosts:
+    def with_overheads(self, overheads_ms: tuple[float, float], host_ms: tuple[float, float]) -> StepCosts:
         """The same beside other overheads."""
-        return replace(self, overheads_ms=(without_drafting, with_drafting))
+        return replace(self, overheads_ms=overheads_ms, host_ms=host_ms)
 
     @cached_property
     def rows_ms(self) -> np.ndarray:
@@ -44,7 +50,12 @@ class StepCosts:
 
     def step_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The whole step."""
-        return self.gpu_ms(rows, num_reqs, context, drafts) + self.overheads_ms[drafts]
+        return max(self.gpu_ms(rows, num_reqs, context, drafts) + self.overheads_ms[drafts], self.host_ms[drafts])
+
+    def are_hidden(self, rows: int, num_reqs: int, context: float) -> bool:
+        """Whether verifying so many rows is done long before the host is ready for the next step."""
+        gpu_ms = self.gpu_ms(rows, num_reqs, context, drafts=True) + self.overheads_ms[True]
+        return gpu_ms < _HIDDEN * self.host_ms[True]
 
     def steps_ms(
         self,
@@ -55,7 +66,7 @@ class StepCosts:
     ) -> np.ndarray:
         """[last - first + 1]: steps with drafting, of `first` rows and each number more up to `last`."""
         gpu_ms = self.rows_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
-        return np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True]
+        return np.maximum(np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True], self.host_ms[True])
 
     def _other_ms(self, num_reqs: int, context: float, drafts: bool) -> float:
         return self.context_ms * context + (float(self.draft_ms[num_reqs]) if drafts else 0.0)

@@ -43,8 +43,26 @@ def test_overheads_of_either_kind() -> None:
     """A host that takes long makes rows cheap; one that takes long only where it drafts makes drafts dear."""
     rising, likelihoods = costs([1 + 0.5 * rows for rows in range(10)]), np.array([0.9, 0.3])
     assert choose(likelihoods, 1, 1, 1, 0.0, rising).budget == 1
-    assert choose(likelihoods, 1, 1, 1, 0.0, rising.with_overheads(5.0, 5.0)).budget == 2
-    assert not choose(likelihoods, 1, 1, 1, 0.0, rising.with_overheads(0.0, 5.0)).is_worth_drafting
+    assert choose(likelihoods, 1, 1, 1, 0.0, rising.with_overheads((5.0, 5.0), (0.0, 0.0))).budget == 2
+    assert not choose(likelihoods, 1, 1, 1, 0.0, rising.with_overheads((0.0, 5.0), (0.0, 0.0))).is_worth_drafting
+
+
+def test_what_the_host_hides_is_free() -> None:
+    """Steps of 1.5, 2, 2.5, ... ms while the host needs 2.2: a second row costs nothing, a third 0.3 ms."""
+    rising = costs([1 + 0.5 * rows for rows in range(10)])
+    hidden = rising.with_overheads((0.0, 0.0), (2.2, 2.2))
+    # 1.2 / 2 instead of 1 / 1.5; 1.2 / 2.2 instead of 1 / 2.2, and 1.4 / 2.5.
+    assert choose(np.array([0.2]), 1, 1, 1, 0.0, rising).budget == 0
+    assert choose(np.array([0.2, 0.1]), 1, 1, 1, 0.0, hidden).budget == 1
+    assert choose(np.array([0.2, 0.19]), 1, 1, 1, 0.0, hidden).budget == 2
+    assert hidden.step_ms(1, 1, 0.0, drafts=False) == 2.2 and hidden.step_ms(3, 1, 0.0, drafts=False) == 2.5
+    assert hidden.are_hidden(1, 1, 0.0) and not hidden.are_hidden(2, 1, 0.0)  # 2 of 2.2 is too close
+
+
+def test_a_host_that_is_slower_where_it_drafts() -> None:
+    flat = costs([1.0] * 10)
+    assert choose(np.array([0.4]), 1, 1, 1, 0.0, flat.with_overheads((0.0, 0.0), (2.0, 2.7))).is_worth_drafting
+    assert not choose(np.array([0.4]), 1, 1, 1, 0.0, flat.with_overheads((0.0, 0.0), (2.0, 3.0))).is_worth_drafting
 
 
 def test_a_long_context_makes_rows_cheap() -> None:

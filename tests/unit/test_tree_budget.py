@@ -94,11 +94,12 @@ def test_what_the_host_takes_for_the_rows(one_rank: None) -> None:
 
 
 def test_ranks_agree_on_what_they_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = SimpleNamespace(world_size=2, broadcast_object=lambda given, src: (3.0, 4.0))
+    theirs = ((3.0, 4.0), (5.0, 6.0))
+    group = SimpleNamespace(world_size=2, broadcast_object=lambda given, src: theirs)
     monkeypatch.setattr(budget_module, "get_tp_group", lambda: group)
     budget = made_budget([1.0] * 12)
     step(budget, {"a": 0, "b": 0})
-    assert budget._costs_now().overheads_ms == (3.0, 4.0)
+    assert (budget._costs_now().overheads_ms, budget._costs_now().host_ms) == theirs
 
 
 def test_where_the_host_s_plan_is_right(one_rank: None) -> None:
@@ -122,6 +123,24 @@ def test_one_request_and_equal_ones_need_no_sharing(one_rank: None) -> None:
         req_ids = ["a", "b"][: len(planned)]
         bounds, _, count = budget.reallocate_drafts(req_ids, torch.arange(len(planned)))
         assert (bounds.tolist(), bounds.dtype, count) == (expected, torch.int32, chosen)
+
+
+def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are dear for the device, and a host that takes longer: trees are looked at every eighth step."""
+    budget = made_budget([1.0] * 3 + [50.0] * 9, draft_ms=0.0)
+    step(budget, {"a": 0, "b": 0})
+    assert step(budget, {"a": 4, "b": 4}) == 0
+    budget._costs_in_force = budget.costs and budget.costs.with_overheads((0.0, 0.0), (99.0, 99.0))
+    copies: list[int] = []
+    copy = budget._likelihoods.copy
+    monkeypatch.setattr(budget._likelihoods, "copy", lambda *given: (copies.append(len(verified)), copy(*given)))
+    verified: list[int] = []
+    while len(verified) < 20:
+        verified.append(step(budget, {"a": 4, "b": 4}))
+        assert budget._overhead._step is not None and budget._overhead._step.gpu_ms == 50.0
+    assert verified == [8] * 20
+    assert copies == [6, 7, 14, 15]
+    assert step(budget, {"a": 4}) == 4  # another batch is decided for by itself
 
 
 # Likelihoods.
@@ -153,23 +172,48 @@ def test_a_new_request_is_not_taken_for_its_row_s_last_one() -> None:
 
 def test_what_steps_take_beyond_their_parts() -> None:
     times = iter([0.0, 0.010, 0.022, 1.022, 1.030])
-    overhead = Overhead(clock=lambda: next(times))
+    overhead = Overhead(overlaps=False, clock=lambda: next(times))
     for gpu_ms, drafts in ((4.0, True), (5.0, True), (5.0, True), (6.0, False)):
         overhead.begin_step()
         overhead.note(gpu_ms, drafts)
     overhead.begin_step()
     # 10 - 4, 12 - 5, and a pause of 995 that the median leaves out; 8 - 6 without drafting.
-    assert overhead.ms() == pytest.approx((2.0, 7.0))
+    assert overhead.ms() == (pytest.approx((2.0, 7.0)), (0.0, 0.0))
+
+
+def test_where_the_host_sets_the_pace() -> None:
+    """It never waits, so nothing is known of the device but that it is faster."""
+    times = iter([0.0, 0.010, 0.022, 0.030])
+    overhead = Overhead(overlaps=True, clock=lambda: next(times))
+    for drafts in (True, True, False):
+        overhead.begin_step()
+        overhead.waited(0.0)
+        overhead.note(4.0, drafts)
+    overhead.begin_step()
+    assert overhead.ms() == ((0.0, 0.0), pytest.approx((8.0, 11.0)))
+
+
+def test_where_the_device_sets_the_pace() -> None:
+    """A step then ends when the device has ended the one before."""
+    times = iter([0.0, 0.010, 0.022, 0.036])
+    overhead = Overhead(overlaps=True, clock=lambda: next(times))
+    for gpu_ms, drafts, waited_ms in ((9.0, True, 0.0), (7.0, True, 5.0), (99.0, False, 6.0)):
+        overhead.begin_step()
+        overhead.waited(waited_ms)
+        overhead.note(gpu_ms, drafts)
+    overhead.begin_step()
+    # The device: 12 - 9, 14 - 7. The host: 10 and 12 - 5 with drafting, 14 - 6 without.
+    assert overhead.ms() == (pytest.approx((5.0, 5.0)), pytest.approx((8.0, 8.5)))
 
 
 def test_steps_that_nobody_noted_do_not_count() -> None:
     times = iter([0.0, 0.5, 0.51])
-    overhead = Overhead(clock=lambda: next(times))
+    overhead = Overhead(overlaps=False, clock=lambda: next(times))
     overhead.begin_step()  # a prompt
     overhead.begin_step()
     overhead.note(8.0, True)
     overhead.begin_step()
-    assert overhead.ms() == pytest.approx((2.0, 2.0))  # without drafting nothing was seen: as with it
+    assert overhead.ms()[0] == pytest.approx((2.0, 2.0))  # without drafting nothing was seen: as with it
 
 
 # Costs.

@@ -81,7 +81,9 @@ class V2Adapter(DraftModelSpeculator):
             layers = self.vllm_config.compilation_config.static_forward_context
             self.trees.bind(model_state.trees, {name: layers[name] for name in self.target_attn_layer_names})
         if self.budget:
-            self.budget.bind(model_state.trees, model_state.model, self.dtype, self.max_model_len)
+            # On a CPU nothing runs beside the host's work.
+            overlaps = bool(self.vllm_config.scheduler_config.async_scheduling) and self.device.type != "cpu"
+            self.budget.bind(model_state.trees, model_state.model, self.dtype, self.max_model_len, overlaps)
         kernel_block_sizes = [groups[0].kernel_block_size if groups else None for groups in self.attn_groups]
         attention = DraftAttention(self.model, self.vllm_config, kv_cache_config, self.device, kernel_block_sizes)
         # The runner reads its speculator's groups by KV-cache group.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from vllm_dflash.logs import logger
 PROBE_STEPS = 48
 #: Overheads are looked at every so many steps, and ranks of a tensor-parallel group agree on them.
 _OVERHEAD_STEPS = 32
+#: Where the host is slower than the device whatever is verified, it decides for so many steps at once.
+_SETTLED_STEPS = 8
 _LOG_SECONDS = 30.0
 
 
@@ -47,9 +50,10 @@ class TreeBudget:
         self.costs: StepCosts | None = None
         self._has_drafts = False  # whether the step before did
         self._likelihoods = HostLikelihoods(max_num_reqs, num_nodes, device)
-        self._overhead = Overhead()
+        self._overhead = Overhead(overlaps=False)
         self._costs_in_force: StepCosts | None = None  # with the overheads seen last
         self._num_steps = self._num_without = 0
+        self._settled: _Settled | None = None
         # Of the step under way: nodes of all requests that were planned and that are verified; each request's rows,
         # and of these its planned nodes; bounds of their logits, if all is verified.
         self._num_planned = self._chosen = 0
@@ -72,9 +76,13 @@ class TreeBudget:
         self._max_total_logits = max_total_logits
         return self
 
-    def bind(self, store: TreeStore, target: Any, dtype: torch.dtype, max_model_len: int) -> None:
-        """Say where trees are kept, and what verifies them, in which type and up to which length."""
+    def bind(self, store: TreeStore, target: Any, dtype: torch.dtype, max_model_len: int, overlaps: bool) -> None:
+        """Say where trees are kept, and what verifies them, in which type and up to which length.
+
+        `overlaps`: the host prepares a step while the device computes the one before.
+        """
         self._store, states = store, self._req_states
+        self._overhead = Overhead(overlaps)
         sizes = (states.max_num_batched_tokens, states.max_num_reqs, max_model_len - 1 - self.num_nodes)
         self._profile = CostProfile(target, dtype, *sizes)
         self._compile_sharing()
@@ -100,32 +108,49 @@ class TreeBudget:
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Rows that the step runs, of those that were planned."""
         self._overhead.begin_step()
-        states, costs = self._req_states, self._costs_now()
-        num_reqs = len(num_tokens_per_req)
+        costs = self._costs_now()
         planned = [len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req]
-        self._num_planned, most = sum(planned), max(planned)
+        num_reqs, num_rows, self._num_planned = len(planned), sum(num_tokens_per_req.values()), sum(planned)
+        if self._settled is not None and self._settled.holds(num_reqs, num_rows, self._num_planned):
+            self._chosen, self.drafts = self._num_planned, True
+            self._overhead.note(self._settled.gpu_ms, drafts=True)
+            return num_rows
+        return self._decide(num_tokens_per_req, planned, costs)
+
+    def _decide(self, num_tokens_per_req: dict[str, int], planned: list[int], costs: StepCosts) -> int:
+        """Rows that the step runs, by what is known of its trees."""
+        states, num_reqs, most = self._req_states, len(planned), max(planned)
         num_others = sum(num_tokens_per_req.values()) - self._num_planned
         state_rows: np.ndarray = np.array([states.req_id_to_index[req_id] for req_id in num_tokens_per_req])
         computed = states.num_computed_tokens_np[state_rows]
         context, known = float(computed.sum()), self._likelihoods.of(state_rows)
-        batch, room = (num_reqs, context, costs), max(0, self._max_total_logits - num_reqs)
-        all_nodes = _descending(known[:, : most or self.num_nodes], room)
+        room = max(0, self._max_total_logits - num_reqs)
         # What is drafted now is verified when all of these requests have trees.
-        later = choose(all_nodes, num_reqs, num_reqs, *batch)
-        if most and self._num_planned == num_reqs * most and num_others == num_reqs:
-            choice = later
-        else:  # prompts have no trees yet
+        all_nodes = _descending(known[:, : most or self.num_nodes], room)
+        choice = later = choose(all_nodes, num_reqs, num_reqs, num_reqs, context, costs)
+        is_even = most > 0 and self._num_planned == num_reqs * most and num_others == num_reqs
+        if not is_even:  # prompts have no trees yet
             others = np.array(list(num_tokens_per_req.values())) - planned
             ends_prompt = computed + others >= states.prefill_len.np[state_rows]
             planned_nodes = _descending(known[np.arange(self.num_nodes) < np.array(planned)[:, None]], room)
-            choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, *batch)
+            choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, num_reqs, context, costs)
         self._chosen = choice.budget if self._has_drafts else 0
-        self.drafts = self._is_to_draft(later)
+        self.drafts, self._settled = self._is_to_draft(later), None
+        if is_even and self.drafts and self._has_drafts and self._num_planned <= room:
+            self._settle(num_reqs, context, costs)
         num_rows = num_others + self._chosen
         if num_others == num_reqs:
             self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
             self._log.note(num_reqs, self._chosen, later, self.drafts)
         return num_rows
+
+    def _settle(self, num_reqs: int, context: float, costs: StepCosts) -> None:
+        """Verify all nodes, of this step and the next ones, if they cost nothing."""
+        all_rows = num_reqs + self._num_planned
+        if costs.are_hidden(all_rows, num_reqs, context):
+            gpu_ms = costs.gpu_ms(all_rows, num_reqs, context, drafts=True)
+            self._settled = _Settled(num_reqs, all_rows, self._num_planned, gpu_ms)
+            self._chosen = self._num_planned
 
     def compact_batch(
         self,
@@ -167,9 +192,11 @@ class TreeBudget:
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
         """The step has drafted, or not."""
-        self._likelihoods.read()
-        if self.drafts:
+        self._overhead.waited(self._likelihoods.read())
+        if self.drafts and (self._settled is None or self._settled.ends_soon):
             self._likelihoods.copy(self._store.trees.probs, input_batch.idx_mapping_np)
+        else:
+            self._likelihoods.mark()
         self._has_drafts = self.drafts
 
     @property
@@ -182,8 +209,8 @@ class TreeBudget:
             logger.warning("vllm_dflash: without CUDA graphs steps are not timed, so their costs are assumed")
             self.costs = assumed_costs(self._req_states.max_num_batched_tokens, self._req_states.max_num_reqs)
         if self._costs_in_force is None or self._num_steps % _OVERHEAD_STEPS == 0:
-            overheads_ms = get_tp_group().broadcast_object(self._overhead.ms(), src=0)
-            self._costs_in_force = self.costs.with_overheads(*overheads_ms)
+            overheads_ms, host_ms = get_tp_group().broadcast_object(self._overhead.ms(), src=0)
+            self._costs_in_force = self.costs.with_overheads(overheads_ms, host_ms)
         self._num_steps += 1
         return self._costs_in_force
 
@@ -220,6 +247,28 @@ def _descending(
 ) -> np.ndarray:
     """The largest ones."""
     return np.sort(likelihoods, axis=None)[::-1][:most]
+
+
+@dataclass
+class _Settled:
+    """What was decided for some steps of a batch: all that is planned."""
+
+    num_reqs: int
+    num_rows: int
+    num_planned: int
+    gpu_ms: float  # of such a step
+    steps_left: int = _SETTLED_STEPS - 1
+
+    def holds(self, num_reqs: int, num_rows: int, num_planned: int) -> bool:
+        """Whether this step is one of them."""
+        self.steps_left -= 1
+        is_same = (num_reqs, num_rows, num_planned) == (self.num_reqs, self.num_rows, self.num_planned)
+        return is_same and self.steps_left >= 0
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether the next decision will read what is drafted now, a step later."""
+        return self.steps_left <= 1
 
 
 class _Log:

@@ -6,6 +6,8 @@ Letters: S rows of the runner's state, N nodes.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -23,6 +25,7 @@ class HostLikelihoods:
         self._on_host = torch.zeros(max_num_reqs, num_nodes, pin_memory=is_cuda)
         self._read_from = self._on_host.numpy()
         self._event = torch.cuda.Event() if is_cuda else None
+        self._is_marked = False
         self._copied: np.ndarray | None = None  # rows of the copy that is under way
         self._num_reads = 0
 
@@ -46,17 +49,35 @@ class HostLikelihoods:
     ) -> None:
         """Start to copy these. What was copied before has been read."""
         self._on_host.copy_(probs, non_blocking=True)
+        self._copied = state_rows
+        self.mark()
+
+    def mark(self) -> None:
+        """Remember how far the device has been told to go."""
+        self._is_marked = True
         if self._event is not None:
             self._event.record()
-        self._copied = state_rows
 
-    def read(self) -> None:
-        """Know what was copied before."""
-        rows, self._copied = self._copied, None
-        if rows is None or not len(rows):
-            return
-        if self._event is not None:
-            self._event.synchronize()
+    def read(self) -> float:
+        """Know what was copied before. Returns for how many milliseconds it waited for the device to come so far."""
+        waited_ms = self._wait() if self._is_marked else 0.0
+        rows, self._copied, self._is_marked = self._copied, None, False
+        if rows is not None and len(rows):
+            self._learn(rows)
+        return waited_ms
+
+    def _wait(self) -> float:
+        if self._event is None or self._event.query():
+            return 0.0
+        begun = time.perf_counter()
+        self._event.synchronize()
+        return 1e3 * (time.perf_counter() - begun)
+
+    def _learn(
+        self,
+        rows: np.ndarray,  # [R] of the state
+    ) -> None:
+        """Take over what is on the host by now."""
         news = self._read_from[rows]
         self.known[rows] = news
         if self._num_reads % _NEWS_STEPS == 0:

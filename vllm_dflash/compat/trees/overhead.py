@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steps take beyond their measured parts: sampling, gaps, and on a small target the host's own work."""
+"""What steps take beyond their measured parts, seen while serving.
+
+With async scheduling the host prepares a step while the device computes the one before, so the slower of the two sets
+the pace: on a small target the host. Whose turn it is shows where the host meets the device: does it wait?
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,73 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 _REMEMBERED = 32  # steps; the median counts, so that a pause between requests does not
+_WAITED_MS = 0.02
+
+#: Without drafting and with it.
+Pair = tuple[float, float]
+
+
+@dataclass
+class _Step:
+    """One step, as far as it is known. One that nobody notes, a prompt's, does not count."""
+
+    start: float
+    gpu_ms: float | None = None  # measured parts
+    drafts: bool = False
+    waited_ms: float = 0.0
+
+
+class _Seen:
+    """The last values without drafting and with it."""
+
+    def __init__(self) -> None:
+        self._ms: dict[bool, deque[float]] = {drafts: deque(maxlen=_REMEMBERED) for drafts in (False, True)}
+
+    def note(self, drafts: bool, ms: float) -> None:
+        self._ms[drafts].append(ms)
+
+    def medians(self) -> Pair:
+        """At least 0. What has not been seen yet is taken to be as the other."""
+        found = {drafts: max(0.0, statistics.median(seen)) for drafts, seen in self._ms.items() if seen}
+        either = min(found.values(), default=0.0)
+        return found.get(False, either), found.get(True, either)
 
 
 class Overhead:
-    """Of steps with drafting and without it. Seconds from one step's start to the next one's."""
+    """Milliseconds from one step's start to the next one's, taken apart."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._excess_ms: dict[bool, deque[float]] = {drafts: deque(maxlen=_REMEMBERED) for drafts in (False, True)}
-        self._last: tuple[float, float | None, bool] | None = None  # start, measured parts in ms, whether it drafts
+    def __init__(self, overlaps: bool, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.overlaps, self._clock = overlaps, clock
+        self._device, self._host = _Seen(), _Seen()
+        self._before: _Step | None = None
+        self._step: _Step | None = None
 
     def begin_step(self) -> None:
         """The next step begins, so the one before has ended."""
-        now = self._clock()
-        if self._last is not None:
-            start, gpu_ms, drafts = self._last
-            if gpu_ms is not None:
-                self._excess_ms[drafts].append(1e3 * (now - start) - gpu_ms)
-        self._last = (now, None, False)
+        now, step, before = self._clock(), self._step, self._before
+        if step is not None and step.gpu_ms is not None:
+            took_ms = 1e3 * (now - step.start)
+            if not self.overlaps:
+                self._device.note(step.drafts, took_ms - step.gpu_ms)
+            else:
+                self._host.note(step.drafts, took_ms - step.waited_ms)
+                if step.waited_ms > _WAITED_MS and before is not None and before.gpu_ms is not None:
+                    self._device.note(before.drafts, took_ms - before.gpu_ms)
+        self._before, self._step = step, _Step(now)
 
     def note(self, gpu_ms: float, drafts: bool) -> None:
-        """What of this step is known. A step that nobody notes, a prompt's, does not count."""
-        assert self._last is not None
-        self._last = (self._last[0], gpu_ms, drafts)
+        """What of this step is known."""
+        assert self._step is not None
+        self._step.gpu_ms, self._step.drafts = gpu_ms, drafts
 
-    def ms(self) -> tuple[float, float]:
-        """Without drafting and with it. What has not been seen yet is taken to be as the other."""
-        found = {drafts: max(0.0, statistics.median(seen)) for drafts, seen in self._excess_ms.items() if seen}
-        either = min(found.values(), default=0.0)
-        return found.get(False, either), found.get(True, either)
+    def waited(self, ms: float) -> None:
+        """In this step the host has waited so long for the device to end the one before."""
+        if self._step is not None:
+            self._step.waited_ms = ms
+
+    def ms(self) -> tuple[Pair, Pair]:
+        """What comes to the device's measured parts, and what a step takes at least: the host's own work."""
+        return self._device.medians(), self._host.medians()
