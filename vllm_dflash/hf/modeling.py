@@ -17,18 +17,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from vllm_dflash.checkpoint import check_tensors, read_mask_embedding, read_tensor_shapes, resolve_model_dir
-from vllm_dflash.config import DFlashConfig, LayerAttention
-from vllm_dflash.hf.attention import grouped_attention
+from vllm_dflash.config import DFlashConfig
 from vllm_dflash.hf.budget import RoundCosts
 from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
 from vllm_dflash.hf.graphs import Workspace
+from vllm_dflash.hf.masks import attention, combined
 from vllm_dflash.hf.options import Options
 from vllm_dflash.hf.sequences import Limits, stop_tokens
 from vllm_dflash.hf.slot_cache import SlotCache
@@ -85,21 +86,6 @@ def rotate(
     return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)
 
 
-def visible(
-    layer: LayerAttention,
-    query_positions: torch.Tensor,  # [B, Q]
-    key_positions: torch.Tensor,  # [B, N+T+Q]
-) -> torch.Tensor:
-    """Which keys a layer's block rows may see by position: bool [B, 1, Q, N+T+Q]."""
-    ahead = key_positions[:, None, None, :] - query_positions[:, None, :, None]
-    mask = torch.ones_like(ahead, dtype=torch.bool)
-    if layer.causal:
-        mask &= ahead <= 0
-    if layer.sliding_window is not None:
-        mask &= ahead.abs() < layer.sliding_window
-    return mask
-
-
 class DFlashAttention(nn.Module):
     """Block rows as queries; K/V from the context states and from the block rows."""
 
@@ -125,7 +111,7 @@ class DFlashAttention(nn.Module):
         hidden_states: torch.Tensor,  # [B, Q, H]
         context_states: torch.Tensor,  # [B, T, H]
         rope: tuple[torch.Tensor, torch.Tensor],  # each [B, 1, T+Q, rotary_dim]
-        mask: torch.Tensor | None,  # bool [B, 1, Q, N+T+Q]; None: all see all
+        mask: torch.Tensor | BlockMask | None,  # bool [B, 1, Q, N+T+Q]; None: all see all
         cache: Cache | None,
     ) -> torch.Tensor:
         num_rows = hidden_states.shape[1]
@@ -138,7 +124,7 @@ class DFlashAttention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        out = grouped_attention(q, k, v, mask)
+        out = attention(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -157,7 +143,7 @@ class DFlashDecoderLayer(nn.Module):
         hidden_states: torch.Tensor,  # [B, Q, H]
         context_states: torch.Tensor,  # [B, T, H]
         rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,  # bool [B, 1, Q, N+T+Q]; None: all see all
+        mask: torch.Tensor | BlockMask | None,  # bool [B, 1, Q, N+T+Q]; None: all see all
         cache: Cache | None,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
@@ -235,7 +221,7 @@ class DFlashDraftModel(PreTrainedModel):
         position_ids: torch.Tensor,  # [B, T+Q]: the new context rows, then the block rows
         noise_embedding: torch.Tensor,  # [B, Q, H]
         target_hidden: torch.Tensor,  # [B, T, F*H]
-        attention_mask: torch.Tensor | None = None,  # bool [B, 1, Q, N+T+Q], True = may attend
+        attention_mask: torch.Tensor | BlockMask | None = None,  # bool [B, 1, Q, N+T+Q], True = may attend
         past_key_values: Cache | None = None,
         **_: Any,
     ) -> torch.Tensor:
@@ -244,17 +230,19 @@ class DFlashDraftModel(PreTrainedModel):
         With a `DynamicCache`, the N rows it holds must be the context positions 0..N-1; the block's own K/V are
         appended like the context's, so the caller crops them afterwards. With a `SlotCache`, N+T+Q is its number of
         visible slots, and `attention_mask` must leave out those that no row of the sequence is in.
+
+        A `BlockMask` is for training, without a cache: attention then holds no [Q, T+Q] tensor. Either kind of mask is
+        narrowed by each layer's own rule. The CPU has no gradients with a `BlockMask`.
         """
         num_rows = noise_embedding.shape[1]
         context_states = self.hidden_norm(self.fc(target_hidden))
         rope = self.rotary_emb(position_ids, noise_embedding.dtype)
         key_positions = _key_positions(position_ids, past_key_values)  # [B, N+T+Q]
-        masks: dict[LayerAttention, torch.Tensor | None] = {}  # most drafters have one rule or two for all layers
-        for rule in {layer.self_attn.rule for layer in self.layers}:
-            masks[rule] = attention_mask
-            if rule.causal or rule.sliding_window is not None:
-                mask = visible(rule, position_ids[:, -num_rows:], key_positions)
-                masks[rule] = mask if attention_mask is None else mask & attention_mask
+        # Most drafters have one rule or two for all layers.
+        masks = {
+            rule: combined(attention_mask, rule, position_ids[:, -num_rows:], key_positions)
+            for rule in {layer.self_attn.rule for layer in self.layers}
+        }
         hidden_states = noise_embedding
         for layer in self.layers:
             hidden_states = layer(hidden_states, context_states, rope, masks[layer.self_attn.rule], past_key_values)
