@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -124,6 +125,57 @@ def generate(
             tuple(prompts), target, drafter, max_tokens, temperature, chat, num_speculative_tokens, dtype.value
         )
         run_generate(options, Console(), Console(stderr=True))
+
+
+@app.command()
+def train(
+    target: Annotated[str, typer.Option(metavar="DIR", help="The model to draft for, a directory or hub id.")],
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            help="JSONL (messages, conversations, prompt, text), .txt, hub:NAME[@REVISION][:SPLIT]; more than once.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The drafter's folder. An unfinished run goes on.")],
+    config: Annotated[Path | None, typer.Option(metavar="YAML", help="The recipe. Default: the paper's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting over the recipe: training.steps=2000."),
+    ] = None,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Go on training this drafter instead of a new one.")
+    ] = None,
+    only_data: Annotated[
+        bool, typer.Option(help="Stop when responses (and cached features) are there: before `accelerate launch`.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Write an untrained drafter and serve it, to see that all fits.")
+    ] = False,
+) -> None:
+    """Train a drafter for any target: the target answers prompts, and the drafter learns to foresee it."""
+    with _plain_errors():
+        from rich.console import Console
+
+        from vllm_dflash.train import run_train
+
+        run_train(target, prompts, output, config, settings or [], init_from, only_data, dry_run, Console())
+
+
+@app.command()
+def collect(
+    logs: Annotated[list[Path], typer.Argument(metavar="LOG...", help="JSONL of OpenAI-style requests.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="JSONL of prompts for `train`.")],
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="So many, at most.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
+) -> None:
+    """Turn the prompts of a request log into training prompts, so that a drafter can follow your traffic."""
+    with _plain_errors():
+        from rich.console import Console
+
+        from vllm_dflash.train import run_collect
+
+        run_collect(logs, output, max_prompts, overwrite, Console())
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,8 +38,8 @@ def run_engine(job: EngineJob, log: Path, on_message: Callable[[Ready | Response
     """
     ready: Ready | None = None
     responses: list[Response] = []
-    with _engine_child(job, log) as (child, connection):
-        while not isinstance(message := _receive(child, connection, log), Finished):
+    with engine_child(CHILD, job, engine_environment(job, os.environ), log) as (child, connection):
+        while not isinstance(message := receive(child, connection, log), Finished):
             if isinstance(message, Ready):
                 ready = message
             else:
@@ -51,21 +51,24 @@ def run_engine(job: EngineJob, log: Path, on_message: Callable[[Ready | Response
 
 
 @contextlib.contextmanager
-def _engine_child(job: EngineJob, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
+def engine_child(
+    command: Sequence[str], job: Any, environment: Mapping[str, str], log: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
+    """A child that has been sent its job, and the pipe to it. Its process group is gone when the block is left."""
     ours, theirs = Pipe()
     with log.open("wb") as output, ours:
         with theirs:
             child = subprocess.Popen(
-                [*CHILD, str(theirs.fileno())],
+                [*command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=engine_environment(job, os.environ),
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # so that one signal reaches vLLM's own children too
             )
         try:
-            with contextlib.suppress(BrokenPipeError):  # a child that is already gone is found by _receive
+            with contextlib.suppress(BrokenPipeError):  # a child that is already gone is found by receive
                 ours.send(job)
             yield child, ours
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -74,8 +77,11 @@ def _engine_child(job: EngineJob, log: Path) -> Iterator[tuple[subprocess.Popen[
             _end_group(child)
 
 
-def _receive(child: subprocess.Popen[bytes], connection: Connection, log: Path) -> Any:
-    """The child's next message. Polls, because vLLM's own children may hold the pipe open after it."""
+def receive(child: subprocess.Popen[bytes], connection: Connection, log: Path) -> Any:
+    """The child's next message. Raises EngineFailedError if it ends before.
+
+    Polls, because vLLM's own children may hold the pipe open after it.
+    """
     while True:
         ended = child.poll() is not None
         try:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -98,16 +98,16 @@ def _die_with_parent(connection: Connection) -> None:
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
-def main() -> None:
-    """Receive a job over the inherited file descriptor argv[1] and send its messages back."""
+def serve_job(run: Callable[[Any], Iterator[Any]]) -> None:
+    """Receive a job over the inherited file descriptor argv[1] and send the messages of `run` back."""
     # An exit instead of a sudden death lets vLLM end its own children and give back its shared memory.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     connection = Connection(int(sys.argv[1]))
-    job: EngineJob = connection.recv()
+    job = connection.recv()
     _die_with_parent(connection)
-    for message in run_job(job):
+    for message in run(job):
         connection.send(message)
 
 
 if __name__ == "__main__":
-    main()
+    serve_job(run_job)

@@ -109,7 +109,7 @@ def generate(
             if not going.any():
                 break
             active, ids = _drop_ended(active, ids, cache, going)
-    return [_until_end(row, end_ids) for row in written.tolist()]
+    return [until_end(row, end_ids) for row in written.tolist()]
 
 
 def write_responses(responses: Iterable[Response], file: Path) -> None:
@@ -150,7 +150,8 @@ def _drop_ended(active: Tensor, ids: Tensor, cache: DynamicCache, going: Tensor)
     return active[going], ids[going]
 
 
-def _until_end(row: list[int], end_ids: list[int]) -> list[int]:
+def until_end(row: list[int], end_ids: list[int]) -> list[int]:
+    """Up to the first end token, which stays."""
     for index, token in enumerate(row):
         if token in end_ids:
             return row[: index + 1]

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training of a drafter against its frozen target, on one device or on many (paper, sections 4.2 and A.1).
+
+`accelerate` runs it: mixed precision, data-parallel ranks, accumulation, checkpoints. A step's batches and anchors
+follow from the seed and the step's number, so a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.training.batch_plan import BatchPlan
+from vllm_dflash.training.blocks import BlockShape, DraftedBlocks, draft_blocks, target_states
+from vllm_dflash.training.data import collate
+from vllm_dflash.training.evaluate import Acceptance
+from vllm_dflash.training.objective import Objective, objective_sums, target_rows
+from vllm_dflash.training.recipe import Recipe
+from vllm_dflash.training.responses import Response
+from vllm_dflash.training.run_state import RunState, latest_checkpoint, save_checkpoint
+from vllm_dflash.training.schedule import cosine_with_warmup
+from vllm_dflash.training.train import save_drafter
+
+logger = logging.getLogger(__name__)
+#: Rows of logits that exist at a time: those of a large vocabulary are the largest tensors of a step.
+_LOGITS_ROWS = 2048
+_REPORT_SECONDS = 10.0
+
+#: Of a drafter in the target's precision, on the held-out prompts.
+Evaluate = Callable[[DFlashDraftModel], Acceptance]
+#: Features [B, S, F*H] of sequences, padded to so many tokens.
+ReadFeatures = Callable[[Sequence[int], int], Tensor]
+
+
+@dataclass
+class _Seen:
+    """What has been since the last line of the log."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    steps: int = 0
+    since: float = 0.0
+
+
+class DrafterTrainer:
+    """One run, from its last checkpoint on, to `output`: the best drafter so far, in the published layout."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        draft: DFlashDraftModel,
+        sequences: Sequence[Response],
+        recipe: Recipe,
+        output: Path,
+        evaluate: Evaluate,
+        read_features: ReadFeatures | None = None,  # None: the target computes them
+    ) -> None:
+        training, wants_gpu = recipe.training, torch.cuda.is_available()
+        precision = training.precision if training.precision != "auto" else "bf16" if wants_gpu else "fp32"
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            gradient_accumulation_steps=training.accumulation,
+            log_with="tensorboard",
+            project_dir=output / "logs",
+            # The other ranks wait while the first one measures.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+        self.recipe, self.output, self.sequences = recipe, output, sequences
+        self.evaluate, self.read_features = evaluate, read_features
+        self.target = target.eval().requires_grad_(False).to(self.accelerator.device)
+        self.layer_ids = draft.target_layer_ids
+        self.shape = BlockShape(draft.block_size, draft.mask_token_id, training.anchors, training.tokens_per_anchor)
+        objective = recipe.objective
+        self.objective = Objective(objective.kind, recipe.gamma(draft.block_size), objective.alpha, objective.kl_weight)
+        optimizer = torch.optim.AdamW(
+            draft.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=wants_gpu
+        )
+        for layer in draft.layers if training.compile else ():
+            layer.compile()
+        self.draft, self.optimizer = self.accelerator.prepare(draft.float().train(), optimizer)
+        lengths = [len(each.prompt_token_ids) + len(each.token_ids) for each in sequences]
+        self.plan = BatchPlan(lengths, recipe.data.max_length, training.batch_tokens, training.seed)
+        self.state = RunState()
+        self._seen = _Seen(since=time.monotonic())
+
+    @property
+    def batches_per_step(self) -> int:
+        """Of all ranks."""
+        return self.recipe.training.accumulation * self.accelerator.num_processes
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        training = self.recipe.training
+        return training.steps or max(1, round(training.epochs * self.plan.epoch_size / self.batches_per_step))
+
+    def run(self) -> RunState:
+        """Train to the end."""
+        self._resume()
+        self.accelerator.init_trackers("drafter")
+        while self.state.step < self.num_steps:
+            self.state.step += 1
+            self._train_step(self.state.step)
+            is_last, every = self.state.step == self.num_steps, self.recipe.training.evaluate_every
+            if every and self.state.step % every == 0 and not is_last:
+                self._evaluate()
+            if is_last or self.state.step % self.recipe.training.checkpoint_every == 0:
+                save_checkpoint(self.accelerator, self._work, self.state)
+        self._evaluate()  # behind the checkpoint: what goes wrong in it does not cost the training
+        self.accelerator.end_training()
+        return self.state
+
+    @property
+    def _work(self) -> Path:
+        return self.output / "work"
+
+    def _resume(self) -> None:
+        folder = latest_checkpoint(self._work)
+        if folder is not None:
+            self.accelerator.load_state(str(folder))
+            self.state = RunState.read(folder)
+            logger.info("going on from step %d of %d", self.state.step, self.num_steps)
+
+    def _train_step(self, step: int) -> None:
+        training = self.recipe.training
+        factor = cosine_with_warmup(step, self.num_steps, training.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.learning_rate * factor
+        for number in range(training.accumulation):
+            with self.accelerator.accumulate(self.draft):
+                loss = self._loss(step, number)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.draft.parameters(), training.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self._seen.loss += loss.item() / training.accumulation
+        self._seen.steps += 1
+        if time.monotonic() - self._seen.since > _REPORT_SECONDS or step in (1, self.num_steps):
+            self._report(step)
+
+    def _loss(self, step: int, number: int) -> Tensor:
+        """Of this rank's `number`-th batch of the step."""
+        place = number * self.accelerator.num_processes + self.accelerator.process_index
+        index = (step - 1) * self.batches_per_step + place
+        planned = self.plan.batch(index)
+        batch = collate([self.sequences[i] for i in planned.indices], planned.padded_length)
+        batch = batch.to(self.accelerator.device)
+        self._seen.tokens += int(batch.lengths.sum())
+        generator = torch.Generator().manual_seed(self.recipe.training.seed * 1_000_003 + index)
+        with self.accelerator.autocast():
+            features, last = self._states(planned.indices, batch.token_ids)
+            blocks = draft_blocks(self.draft, self.target, batch, features, self.shape, generator)
+            return self._blocks_loss(blocks, last)
+
+    def _states(self, indices: Sequence[int], token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.read_features is None:
+            return target_states(self.target, token_ids, self.layer_ids)
+        return self.read_features(indices, token_ids.shape[1]).to(token_ids.device), None
+
+    def _blocks_loss(
+        self,
+        blocks: DraftedBlocks,
+        last: Tensor | None,  # [B, S, H] the target's last hidden states
+    ) -> Tensor:
+        """The objective over all blocks, without all their logits at a time."""
+        rows = None
+        if self.objective.kl_weight and last is not None:
+            rows = target_rows(last, blocks.anchors, self.shape.block_size).flatten(0, 1)  # [B*N, K, H]
+        total, weight = [], []
+        for piece, hidden, labels in blocks.chunks(_LOGITS_ROWS):
+            of_target = None if rows is None else rows[piece]
+            loss, count = checkpoint(self._sums, hidden, labels, of_target, use_reentrant=False)
+            total.append(loss)
+            weight.append(count)
+        return torch.stack(total).sum() / torch.stack(weight).sum().clamp(min=1e-9)
+
+    def _sums(
+        self,
+        hidden: Tensor,  # [M, K, H]
+        labels: Tensor,  # [M, K]
+        of_target: Tensor | None,  # [M, K, H]
+    ) -> tuple[Tensor, Tensor]:
+        head = self.target.get_output_embeddings()
+        target_logits = None if of_target is None else head(of_target)
+        return objective_sums(head(hidden), labels, self.objective, target_logits)
+
+    def _report(self, step: int) -> None:
+        seen, now = self._seen, time.monotonic()
+        loss, speed = seen.loss / max(1, seen.steps), seen.tokens * self.accelerator.num_processes / (now - seen.since)
+        logger.info("step %d of %d: loss %.3f, %.0f tokens/s", step, self.num_steps, loss, speed)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.accelerator.log({"loss": loss, "learning_rate": rate, "tokens_per_second": speed}, step=step)
+        self._seen = _Seen(since=now)
+
+    def _evaluate(self) -> None:
+        """Measure, and keep the drafter if none before it was better."""
+        weights = self.accelerator.get_state_dict(self.draft)  # of all ranks' shards
+        if self.accelerator.is_main_process:
+            draft = DFlashDraftModel(self.accelerator.unwrap_model(self.draft).config).float()
+            draft.load_state_dict(weights)
+            found = self.evaluate(copy.deepcopy(draft).to(self.accelerator.device, self.target.dtype).eval())
+            self.accelerator.log({"acceptance_length": found.length}, step=self.state.step)
+            logger.info("step %d of %d: acceptance length %.3f", self.state.step, self.num_steps, found.length)
+            if self.state.note(found):
+                save_drafter(draft, self.output)
+        self.accelerator.wait_for_everyone()
