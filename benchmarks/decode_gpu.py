@@ -48,7 +48,9 @@ from gpu.decode.workload import Workload
 from gpu.engine_process import Engine, EngineError, environment, started_engines
 from gpu.machine import on_cuda, run_facts
 from gpu.names import ENGINES, NONE, OURS, OWN, Record, check, is_ours
-from gpu.output import say, write_whole
+from gpu.output import say
+
+from vllm_dflash.files import write_whole
 
 WARM_UP_TOKENS = 48
 

@@ -36,9 +36,9 @@ from gpu.decode.workload import Workload
 from gpu.engine_process import environment, started_engines
 from gpu.machine import run_facts
 from gpu.names import NONE, OWN, Record
-from gpu.output import write_whole
 
 from vllm_dflash.budget import StepCosts, choose
+from vllm_dflash.files import write_whole
 
 RECORDED, CHAIN, LARGE = "tree:63", "ours", "tree:auto"
 DRAWS = 200  # batches for each number of requests

@@ -32,11 +32,13 @@ from pathlib import Path
 from gpu.engine_process import Engine, EngineError, started_engines
 from gpu.machine import on_cuda, run_facts
 from gpu.names import NONE, OURS, Record
-from gpu.output import say, write_whole
+from gpu.output import say
 from gpu.soak.child import serve
 from gpu.soak.comparison import Comparison
 from gpu.soak.job import engine_environment, engine_job
 from gpu.soak.resources import leaks
+
+from vllm_dflash.files import write_whole
 
 SHIPPED_PAIR = Path(__file__).resolve().parents[1] / "models" / "tiny-python"
 REPORT_EVERY_S = 15.0

@@ -7,16 +7,28 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from vllm_dflash.hf import TargetFeatures
 from vllm_dflash.training.anchors import block_labels, block_positions, block_token_ids, choose_anchors
 from vllm_dflash.training.data import Batch
 from vllm_dflash.training.flex_masks import attention_mask_for
+
+#: Of anchors [B, N], the context's length and the block's: who may attend to whom.
+MakeMask = Callable[[Tensor, int, int], "Tensor | BlockMask"]
+
+
+def mask_for_device(
+    anchors: Tensor,  # [B, N]
+    context_length: int,
+    block_size: int,
+) -> Tensor | BlockMask:
+    """The kind of mask that trains fastest where the anchors are."""
+    return attention_mask_for(anchors.device, anchors, context_length, block_size)
 
 
 @dataclass(frozen=True)
@@ -49,18 +61,6 @@ class DraftedBlocks:
             yield piece, hidden[piece], labels[piece]
 
 
-@torch.no_grad()
-def target_states(
-    target: nn.Module,
-    token_ids: Tensor,  # [B, S]
-    layer_ids: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """Outputs of the tapped layers side by side [B, S, F*H], and the last hidden states [B, S, H]."""
-    with TargetFeatures(target, layer_ids) as features:
-        last = target.get_decoder()(token_ids, use_cache=False).last_hidden_state
-        return features.take(), last
-
-
 def draft_blocks(
     draft: nn.Module,
     target: nn.Module,
@@ -68,6 +68,7 @@ def draft_blocks(
     features: Tensor,  # [B, S, F*H]
     shape: BlockShape,
     generator: torch.Generator,
+    make_mask: MakeMask = mask_for_device,
 ) -> DraftedBlocks:
     """Choose anchors and draft behind each. The embedding is the target's, frozen (paper, section 3)."""
     padded = batch.token_ids.shape[1]
@@ -78,7 +79,7 @@ def draft_blocks(
         position_ids=torch.cat((context_positions, block_positions(anchors, shape.block_size)), dim=1),
         noise_embedding=target.get_input_embeddings()(block_ids).float(),
         target_hidden=features,
-        attention_mask=attention_mask_for(anchors.device, anchors, padded, shape.block_size),
+        attention_mask=make_mask(anchors, padded, shape.block_size),
     )  # [B, N*Q, H]
     drafted = hidden.unflatten(1, (-1, shape.block_size))[:, :, 1:]
     labels = block_labels(batch.token_ids, batch.lengths, anchors, valid, shape.block_size)

@@ -82,12 +82,21 @@ def collate(responses: Sequence[Response], padded_length: int) -> Batch:
 
 
 @torch.no_grad()
+def target_states(
+    target: nn.Module,
+    token_ids: Tensor,  # [B, S]
+    layer_ids: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Outputs of the tapped layers side by side [B, S, F*H], and the last hidden states [B, S, H], without logits."""
+    with TargetFeatures(target, layer_ids) as features:
+        last = target.get_decoder()(token_ids, use_cache=False).last_hidden_state
+        return features.take(), last
+
+
 def target_features(
     target: nn.Module,
     token_ids: Tensor,  # [B, S]
     layer_ids: Sequence[int],
 ) -> Tensor:
-    """Outputs of the target's decoder layers `layer_ids`, concatenated: [B, S, F*H]. The LM head is not run."""
-    with TargetFeatures(target, layer_ids) as features:
-        target.get_decoder()(token_ids, use_cache=False)
-        return features.take()
+    """Outputs of the target's decoder layers `layer_ids`, concatenated: [B, S, F*H]."""
+    return target_states(target, token_ids, layer_ids)[0]

@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_dflash.training.data import collate, target_features
+from vllm_dflash.training.origin import hash_of
 from vllm_dflash.training.responses import Response
 
 logger = logging.getLogger(__name__)
@@ -101,11 +101,7 @@ def _weights_hash(target_dir: Path) -> str:
 
 def _responses_hash(responses: Sequence[Response]) -> str:
     """Of the token ids alone: where the prompt ends and at what temperature it went on changes no feature."""
-    digest = hashlib.sha256()
-    for response in responses:
-        ids = response.prompt_token_ids + response.token_ids
-        digest.update(array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()
+    return hash_of([response.prompt_token_ids + response.token_ids for response in responses])
 
 
 def _refuse_mismatch(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vllm_dflash.files import write_whole
 
 
 def check_origin(file: Path, origin: Mapping[str, Any], remedy: str) -> None:
@@ -30,15 +32,7 @@ def check_origin(file: Path, origin: Mapping[str, Any], remedy: str) -> None:
 
 def write_origin(file: Path, origin: Mapping[str, Any]) -> None:
     """Say whose the folder's files are."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(origin, indent=1) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replace the file in one move: a kill, and another process that reads, find the old one or the new one."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -53,5 +47,5 @@ def hash_of(sequences: Sequence[Sequence[int]]) -> str:
     """Of token ids, in their order."""
     digest = hashlib.sha256()
     for ids in sequences:
-        digest.update(json.dumps(list(ids)).encode())
+        digest.update(array("q", [len(ids), *ids]).tobytes())
     return digest.hexdigest()[:16]

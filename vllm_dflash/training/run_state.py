@@ -10,8 +10,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from vllm_dflash.files import write_whole
 from vllm_dflash.training.evaluate import Acceptance
-from vllm_dflash.training.origin import write_whole
 
 _PREFIX, _FILE = "checkpoint-", "run_state.json"
 

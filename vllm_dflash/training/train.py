@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 
 from vllm_dflash.hf import DFlashDraftModel
-from vllm_dflash.training.anchors import block_labels, block_positions, block_token_ids, choose_anchors
+from vllm_dflash.training.blocks import BlockShape, draft_blocks
 from vllm_dflash.training.checkpoint import drop_state, load_state, save_state
 from vllm_dflash.training.data import Batch, batches, target_features
 from vllm_dflash.training.loss import block_accuracy, block_loss
@@ -83,22 +83,10 @@ def draft_batch(
     """Draft random blocks of a batch in one forward: (logits [B, N, K, V], labels [B, N, K])."""
     padded = batch.token_ids.shape[1]
     features = target_features(target, batch.token_ids, settings.target_layer_ids)  # [B, S, F*H]
-    anchors, valid = choose_anchors(
-        batch.prompt_lengths, batch.lengths, padded // settings.tokens_per_anchor, generator
-    )  # [B, N]
-    block_ids = block_token_ids(batch.token_ids, anchors, settings.block_size, mask_token_id)
-    device = batch.token_ids.device
-    context_positions = torch.arange(padded, device=device).expand(len(anchors), -1)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        hidden = draft(
-            position_ids=torch.cat((context_positions, block_positions(anchors, settings.block_size)), dim=1),
-            noise_embedding=target.get_input_embeddings()(block_ids).float(),
-            target_hidden=features,
-            attention_mask=block_mask(anchors, padded, settings.block_size),
-        )  # [B, N*Q, H]
-        drafted = hidden.unflatten(1, (-1, settings.block_size))[:, :, 1:]  # [B, N, K, H]
-        logits = target.get_output_embeddings()(drafted)
-    return logits, block_labels(batch.token_ids, batch.lengths, anchors, valid, settings.block_size)
+    shape = BlockShape(settings.block_size, mask_token_id, padded, settings.tokens_per_anchor)
+    with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16):
+        blocks = draft_blocks(draft, target, batch, features, shape, generator, block_mask)
+        return target.get_output_embeddings()(blocks.hidden), blocks.labels
 
 
 def train_drafter(

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.batch_plan import BatchPlan
-from vllm_dflash.training.blocks import BlockShape, DraftedBlocks, draft_blocks, target_states
-from vllm_dflash.training.data import collate
+from vllm_dflash.training.blocks import BlockShape, DraftedBlocks, draft_blocks
+from vllm_dflash.training.data import collate, target_states
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.objective import Objective, objective_sums, target_rows
 from vllm_dflash.training.recipe import Recipe
