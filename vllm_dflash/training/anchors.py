@@ -25,13 +25,17 @@ def choose_anchors(
 
     The first possible anchor is the first response token, position `prompt_length`; the last is the last token but
     one, since a block must have at least one token to predict. Where a sequence has fewer, the rest is invalid (at 0).
+    Anchors rise, so that neighbouring rows see about the same context: attention in tiles skips most of what they do
+    not see.
     """
     positions = torch.arange(max(int(lengths.max()), count), device=lengths.device)  # [S]
     allowed = (positions >= prompt_lengths[:, None]) & (positions <= lengths[:, None] - 2)  # [B, S]
     scores = torch.rand(allowed.shape, generator=generator, device=generator.device).to(allowed.device)
     scores = scores.masked_fill(~allowed, -1.0)
-    best, anchors = scores.topk(count, dim=1)
-    valid = best >= 0
+    best, drawn = scores.topk(count, dim=1)
+    invalid_last = drawn.masked_fill(best < 0, scores.shape[1])
+    anchors = invalid_last.sort(dim=1).values
+    valid = anchors < scores.shape[1]
     return anchors.masked_fill(~valid, 0), valid
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -17,7 +17,9 @@ class PlannedBatch:
 
 
 class BatchPlan:
-    """All epochs' batches. Every epoch has as many, in new random batches."""
+    """All epochs' batches. Each holds sequences of about one length; which ones they are changes from epoch to epoch,
+    the batches' shapes do not.
+    """
 
     def __init__(self, lengths: Sequence[int], max_length: int, batch_tokens: int, seed: int) -> None:
         """`lengths` of the sequences; longer ones than `max_length` are cut. A batch has at most `batch_tokens` padded
@@ -26,11 +28,12 @@ class BatchPlan:
         if not lengths:
             raise ValueError("there are no sequences to train on")
         self.batch_tokens, self.seed = batch_tokens, seed
-        self._buckets: dict[int, list[int]] = {}
-        for index, length in enumerate(lengths):
-            size = min(padded(min(length, max_length)), max_length)
-            self._buckets.setdefault(size, []).append(index)
-        self.epoch_size = sum(-(-len(members) // self._rows(size)) for size, members in self._buckets.items())
+        sizes = [min(padded(min(length, max_length)), max_length) for length in lengths]
+        self._alike: dict[int, list[int]] = {}  # sequences by padded length
+        for index, size in sorted(enumerate(sizes), key=lambda item: item[1]):
+            self._alike.setdefault(size, []).append(index)
+        self._shapes = list(self._cut(sorted(sizes)))
+        self.epoch_size = len(self._shapes)
         self._epochs: dict[int, list[PlannedBatch]] = {}
 
     def batch(self, number: int) -> PlannedBatch:
@@ -42,21 +45,27 @@ class BatchPlan:
 
     def _planned(self, epoch: int) -> list[PlannedBatch]:
         rng = random.Random(f"{self.seed}:{epoch}")
-        batches = []
-        for size, members in sorted(self._buckets.items()):
-            order = rng.sample(members, len(members))
-            rows = self._rows(size)
-            batches += [PlannedBatch(tuple(order[i : i + rows]), size) for i in range(0, len(order), rows)]
+        order = [index for members in self._alike.values() for index in rng.sample(members, len(members))]
+        batches, start = [], 0
+        for rows, size in self._shapes:
+            batches.append(PlannedBatch(tuple(order[start : start + rows]), size))
+            start += rows
         rng.shuffle(batches)
         return batches
 
-    def _rows(self, padded_length: int) -> int:
-        return max(1, self.batch_tokens // padded_length)
+    def _cut(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Sequences and padded length of the batches that rising padded lengths are cut into."""
+        rows = 0
+        for number, size in enumerate(sizes):
+            if rows and (rows + 1) * size > self.batch_tokens:
+                yield rows, sizes[number - 1]
+                rows = 0
+            rows += 1
+        yield rows, sizes[-1]
 
 
 def padded(length: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, ...: at most half of a sequence is padding, and shapes are few."""
-    size = 64
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    """The next of 64, 72, 80, ..., 128, 144, 160, ..., 256, 288, ...: little of it is padding, and shapes are few."""
+    size = max(64, length)
+    step = 1 << (size.bit_length() - 4)  # an eighth of the power of two below
+    return -(-size // step) * step

@@ -40,8 +40,11 @@ class BlockShape:
     most_anchors: int  # of a sequence
     tokens_per_anchor: int  # one block for so many padded tokens
 
-    def anchors(self, padded_length: int) -> int:
-        return max(1, min(self.most_anchors, padded_length // self.tokens_per_anchor))
+    def choose_anchors(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Anchors of a batch [B, N], and which of them are valid [B, N]."""
+        padded = batch.token_ids.shape[1]
+        count = max(1, min(self.most_anchors, padded // self.tokens_per_anchor))
+        return choose_anchors(batch.prompt_lengths, batch.lengths, count, generator)
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ def draft_blocks(
     target: nn.Module,
     batch: Batch,
     features: Tensor,  # [B, S, F*H]
+    anchors: Tensor,  # [B, N]
+    valid: Tensor,  # bool [B, N]
     shape: BlockShape,
-    generator: torch.Generator,
     make_mask: MakeMask = mask_for_device,
 ) -> DraftedBlocks:
-    """Choose anchors and draft behind each. The embedding is the target's, frozen (paper, section 3)."""
+    """Draft behind each anchor. The embedding is the target's, frozen (paper, section 3)."""
     padded = batch.token_ids.shape[1]
-    anchors, valid = choose_anchors(batch.prompt_lengths, batch.lengths, shape.anchors(padded), generator)
     block_ids = block_token_ids(batch.token_ids, anchors, shape.block_size, shape.mask_token_id)
     context_positions = torch.arange(padded, device=anchors.device).expand(len(anchors), -1)
     hidden = draft(

@@ -72,7 +72,7 @@ class TrainingRecipe(_Section):
     warmup: Share = 0.04  # of the steps
     clip: Annotated[float, Field(gt=0)] = 1.0  # norm of the gradients
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU
-    compile: bool = False
+    compile: bool | None = None  # None: on a GPU
     checkpoint_every: Positive = 500  # steps
     evaluate_every: Positive | None = None  # steps; None: at the end only
     evaluate_tokens: Annotated[int, Field(ge=2)] = 128  # of each held-out prompt

@@ -85,7 +85,8 @@ def draft_batch(
     features = target_features(target, batch.token_ids, settings.target_layer_ids)  # [B, S, F*H]
     shape = BlockShape(settings.block_size, mask_token_id, padded, settings.tokens_per_anchor)
     with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16):
-        blocks = draft_blocks(draft, target, batch, features, shape, generator, block_mask)
+        anchors, valid = shape.choose_anchors(batch, generator)
+        blocks = draft_blocks(draft, target, batch, features, anchors, valid, shape, block_mask)
         return target.get_output_embeddings()(blocks.hidden), blocks.labels
 
 

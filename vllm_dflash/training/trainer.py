@@ -33,8 +33,8 @@ from vllm_dflash.training.schedule import cosine_with_warmup
 from vllm_dflash.training.train import save_drafter
 
 logger = logging.getLogger(__name__)
-#: Rows of logits that exist at a time: those of a large vocabulary are the largest tensors of a step.
-_LOGITS_ROWS = 2048
+#: Bytes of fp32 logits that exist at a time: those of a large vocabulary are the largest tensors of a step.
+_LOGITS_BYTES = 2**29
 _REPORT_SECONDS = 10.0
 
 #: Of a drafter in the target's precision, on the held-out prompts.
@@ -48,7 +48,7 @@ class _Seen:
     """What has been since the last line of the log."""
 
     tokens: int = 0
-    loss: float = 0.0
+    loss: Tensor | float = 0.0  # a sum; on the device, so that nobody waits for it
     steps: int = 0
     since: float = 0.0
 
@@ -86,7 +86,8 @@ class DrafterTrainer:
         optimizer = torch.optim.AdamW(
             draft.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=wants_gpu
         )
-        for layer in draft.layers if training.compile else ():
+        compiles = training.compile if training.compile is not None else wants_gpu
+        for layer in draft.layers if compiles else ():
             layer.compile()
         self.draft, self.optimizer = self.accelerator.prepare(draft.float().train(), optimizer)
         lengths = [len(each.prompt_token_ids) + len(each.token_ids) for each in sequences]
@@ -145,7 +146,7 @@ class DrafterTrainer:
                     self.accelerator.clip_grad_norm_(self.draft.parameters(), training.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self._seen.loss += loss.item() / training.accumulation
+            self._seen.loss = self._seen.loss + loss.detach() / training.accumulation
         self._seen.steps += 1
         if time.monotonic() - self._seen.since > _REPORT_SECONDS or step in (1, self.num_steps):
             self._report(step)
@@ -156,12 +157,15 @@ class DrafterTrainer:
         index = (step - 1) * self.batches_per_step + place
         planned = self.plan.batch(index)
         batch = collate([self.sequences[i] for i in planned.indices], planned.padded_length)
-        batch = batch.to(self.accelerator.device)
-        self._seen.tokens += int(batch.lengths.sum())
         generator = torch.Generator().manual_seed(self.recipe.training.seed * 1_000_003 + index)
+        anchors, valid = self.shape.choose_anchors(batch, generator)
+        self._seen.tokens += int(batch.lengths.sum())
+        # All that the host needs to know of it is known by now: the device is never waited for.
+        device = self.accelerator.device
+        batch, anchors, valid = batch.to(device), anchors.to(device), valid.to(device)
         with self.accelerator.autocast():
             features, last = self._states(planned.indices, batch.token_ids)
-            blocks = draft_blocks(self.draft, self.target, batch, features, self.shape, generator)
+            blocks = draft_blocks(self.draft, self.target, batch, features, anchors, valid, self.shape)
             return self._blocks_loss(blocks, last)
 
     def _states(self, indices: Sequence[int], token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -179,7 +183,8 @@ class DrafterTrainer:
         if self.objective.kl_weight and last is not None:
             rows = target_rows(last, blocks.anchors, self.shape.block_size).flatten(0, 1)  # [B*N, K, H]
         total, weight = [], []
-        for piece, hidden, labels in blocks.chunks(_LOGITS_ROWS):
+        vocab_size = self.target.get_output_embeddings().weight.shape[0]
+        for piece, hidden, labels in blocks.chunks(_LOGITS_BYTES // (4 * vocab_size)):
             of_target = None if rows is None else rows[piece]
             loss, count = checkpoint(self._sums, hidden, labels, of_target, use_reentrant=False)
             total.append(loss)
@@ -197,12 +202,13 @@ class DrafterTrainer:
         return objective_sums(head(hidden), labels, self.objective, target_logits)
 
     def _report(self, step: int) -> None:
-        seen, now = self._seen, time.monotonic()
-        loss, speed = seen.loss / max(1, seen.steps), seen.tokens * self.accelerator.num_processes / (now - seen.since)
+        seen = self._seen
+        loss = float(seen.loss) / max(1, seen.steps)  # waits for the device, so the time is read behind it
+        speed = seen.tokens * self.accelerator.num_processes / (time.monotonic() - seen.since)
         logger.info("step %d of %d: loss %.3f, %.0f tokens/s", step, self.num_steps, loss, speed)
         rate = self.optimizer.param_groups[0]["lr"]
         self.accelerator.log({"loss": loss, "learning_rate": rate, "tokens_per_second": speed}, step=step)
-        self._seen = _Seen(since=now)
+        self._seen = _Seen(since=time.monotonic())
 
     def _evaluate(self) -> None:
         """Measure, and keep the drafter if none before it was better."""

@@ -18,6 +18,13 @@ def test_anchors_lie_between_first_response_token_and_last_but_one():
     assert sorted(anchors[1][valid[1]].tolist()) == list(range(10, 59))
 
 
+def test_anchors_rise_and_invalid_ones_are_last():
+    anchors, valid = draw([5, 3], [500, 6], count=8)
+    assert anchors[0].tolist() == sorted(anchors[0].tolist()) and valid[0].all()
+    assert anchors[1].tolist() == [3, 4] + [0] * 6
+    assert valid[1].tolist() == [True] * 2 + [False] * 6
+
+
 def test_few_anchors_are_distinct_and_resampled():
     first, valid = draw([5], [500], count=8, seed=1)
     second, _ = draw([5], [500], count=8, seed=2)

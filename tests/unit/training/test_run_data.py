@@ -156,8 +156,12 @@ def test_responses_of_another_run_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 100_000))
-def test_padding_is_a_third_at_most(length: int) -> None:
-    assert length <= padded(length) <= max(64, 1.5 * length)
+def test_padding_is_a_ninth_at_most(length: int) -> None:
+    assert length <= padded(length) <= max(64, 9 / 8 * length)
+
+
+def test_padded_lengths_are_few() -> None:
+    assert [padded(length) for length in (1, 64, 65, 72, 127, 129, 250, 257)] == [64, 64, 72, 72, 128, 144, 256, 288]
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(64, 1000), st.integers(0, 5))

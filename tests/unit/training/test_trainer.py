@@ -52,7 +52,7 @@ def test_the_loss_is_that_of_all_rows_at_once(tmp_path: Path, monkeypatch: pytes
         return type(trainer)._blocks_loss(trainer, blocks, last)
 
     monkeypatch.setattr(trainer, "_blocks_loss", kept)
-    monkeypatch.setattr("vllm_dflash.training.trainer._LOGITS_ROWS", 7)  # several pieces
+    monkeypatch.setattr("vllm_dflash.training.trainer._LOGITS_BYTES", 7 * 32 * 4)  # several pieces
     loss = trainer._loss(1, 0)
     logits = tiny_target().lm_head(seen["blocks"].hidden)
     assert loss.item() == pytest.approx(block_loss(logits, seen["blocks"].labels, 4.0).item(), rel=1e-5)
