@@ -26,7 +26,7 @@ from vllm_dflash.console import SHIPPED_PAIR
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.corpus import default_root, load_documents, training_documents
 from vllm_dflash.training.evaluate import acceptance
-from vllm_dflash.training.prompts import CHAT, read_prompts, training_prompts
+from vllm_dflash.training.prompts import read_prompts, training_prompts, write_user_prompts
 from vllm_dflash.training.tokenizer import load_tokenizer
 
 RECIPE = {
@@ -69,11 +69,7 @@ def write_prompts(file: Path, count: int) -> None:
     """As a user would have them: text, and what a user says."""
     tokenizer, documents = load_tokenizer(SHIPPED_PAIR / "target"), training_documents(load_documents(default_root()))
     found = training_prompts(documents, tokenizer, LONGEST_PROMPT, random.Random(0))
-    with file.open("w", encoding="utf-8") as out:
-        for prompt in random.Random(1).sample(found, count):
-            message = [{"role": "user", "content": prompt.text}]
-            record = {"messages": message} if prompt.kind == CHAT else {"prompt": prompt.text}
-            out.write(json.dumps({"id": prompt.id} | record) + "\n")
+    write_user_prompts(random.Random(1).sample(found, count), file)
 
 
 def measured(drafter: Path, count: int) -> float:

@@ -4,14 +4,14 @@
     python benchmarks/train_pair_gpu.py --output DIR
 
 For measurements with real acceptance where no checkpoint can be fetched. Text is the Python source code found on the
-machine. The stages are those of `vllm_dflash.training.pair`, by the clock instead of by steps: --target-seconds,
---response-seconds and --drafter-seconds; what comes before, between and after them takes about another minute. Writes
-target/, drafter/ and heldout.jsonl (prompts from files that neither model has seen) to --output. The last line is JSON.
+machine. The target trains by the clock (--target-seconds); the drafter by `vllm-dflash train`, on what the target
+answers to --prompts prompts. Writes target/, drafter/ and heldout.jsonl (prompts from files that neither model has
+seen) to --output. The last line is JSON: the seconds of each stage, and acceptance length on held-out prompts.
 
 A smoke test on a CPU:
 
     python benchmarks/train_pair_gpu.py --output DIR --hidden-size 64 --num-layers 2 --vocab-size 1024 \
-        --corpus-megabytes 3 --held-out 16 --target-seconds 10 --response-seconds 10 --drafter-seconds 10
+        --corpus-megabytes 3 --held-out 16 --target-seconds 10 --drafter-layers 1 --evaluate 4
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ import argparse
 import itertools
 import json
 import random
+import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -43,31 +45,27 @@ from vllm_dflash.training.corpus import (
     load_documents,
     training_documents,
 )
-from vllm_dflash.training.data import batches
 from vllm_dflash.training.evaluate import acceptance
-from vllm_dflash.training.loss import block_accuracy, block_loss
-from vllm_dflash.training.prompts import Prompt, chat_prompts, held_out_prompts, write_prompts
-from vllm_dflash.training.responses import Response, ResponseSettings, equal_length_batches, regenerate
+from vllm_dflash.training.prompts import held_out_prompts, training_prompts, write_prompts, write_user_prompts
 from vllm_dflash.training.schedule import cosine_with_warmup
 from vllm_dflash.training.target import next_token_loss, save_target, target_config
 from vllm_dflash.training.text_stream import token_stream, windows
 from vllm_dflash.training.tokenizer import (
     END_OF_TEXT,
     IM_END,
-    MASK,
     end_token_ids,
     save_tokenizer,
     special_id,
     train_tokenizer,
 )
-from vllm_dflash.training.train import DrafterSettings, draft_batch, drafter_config, save_drafter
 
 HEAD_DIM = 64
 MAX_LENGTH = 2048
-PROMPT_LENGTHS = (96, 256, 512)  # of training responses: equal ones decode as one batch without padding
+LONGEST_PROMPT = 448  # tokens, of training prompts: the drafter must know long contexts too
+MEASURED_TOKENS = 128  # of each held-out prompt
 TOKENIZER_CHARACTERS = 12_000_000
 CHAT_CHARACTERS = 10_000_000  # of source code from which conversations are cut
-PROMPT_CHARACTERS = 4_000_000  # of source code whose functions become chat prompts of responses
+PROMPT_CHARACTERS = 20_000_000  # of source code that prompts are cut from
 REPORT_EVERY_S = 5.0
 
 
@@ -80,14 +78,14 @@ def main() -> None:
     with recipe.stage("corpus, tokenizer, token stream"):
         recipe.prepare()
     with recipe.stage("target"):
-        target = recipe.train_target()
-    with recipe.stage("responses"):
-        responses = recipe.write_responses(target)
+        recipe.train_target()
+    with recipe.stage("prompts"):
+        recipe.write_prompts()
     with recipe.stage("drafter"):
-        recipe.train_drafter(target, responses)
+        recipe.train_drafter()
     if args.evaluate:
         with recipe.stage("acceptance"):
-            recipe.measure(target)
+            recipe.measure()
     print(json.dumps(recipe.facts), flush=True)
 
 
@@ -96,8 +94,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--target-seconds", type=float, default=90)
-    parser.add_argument("--response-seconds", type=float, default=40)
-    parser.add_argument("--drafter-seconds", type=float, default=70)
+    parser.add_argument("--prompts", type=int, default=12_000 if cuda else 100, help="that the target answers")
+    parser.add_argument("--drafter-steps", type=int, default=1200 if cuda else 50)
     parser.add_argument("--hidden-size", type=int, default=768, help="a multiple of 64")
     parser.add_argument("--num-layers", type=int, default=12)
     parser.add_argument("--drafter-layers", type=int, default=4)
@@ -106,7 +104,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus-megabytes", type=float, default=40)
     parser.add_argument("--held-out", type=int, default=64, help="prompts in heldout.jsonl")
     parser.add_argument("--batch-tokens", type=int, default=32768 if cuda else 2048, help="a step of either training")
-    parser.add_argument("--response-batch", type=int, default=768 if cuda else 32, help="prompts decoded together")
     parser.add_argument("--response-tokens", type=int, default=256 if cuda else 64, help="longest response")
     parser.add_argument("--target-lr", type=float, default=1.5e-3)
     parser.add_argument("--drafter-lr", type=float, default=1e-3)
@@ -171,6 +168,7 @@ class Recipe:
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {"seconds": self.seconds}
         self.target_dir, self.drafter_dir = args.output / "target", args.output / "drafter"
+        self.prompts_file = args.output / "prompts.jsonl"
         self.documents: list[Document] = []
         self.tokenizer: Tokenizer
         self.stream: np.ndarray  # [N] token ids
@@ -201,8 +199,8 @@ class Recipe:
             parts += [np.asarray(item.ids, dtype=np.uint16) for item in encoded]
         return np.concatenate(parts)
 
-    def train_target(self) -> Qwen3ForCausalLM:
-        """The target in bf16, as saved."""
+    def train_target(self) -> None:
+        """Saved in bf16."""
         args, clock = self.args, Clock(self.args.target_seconds)
         model = Qwen3ForCausalLM(self._target_config()).to(self.device).train()
         self.facts["target_parameters"] = sum(p.numel() for p in model.parameters())
@@ -218,7 +216,7 @@ class Recipe:
                 self.facts |= {"target_loss": round(loss.item(), 3), "target_tokens": step * args.batch_tokens}
                 speed = step * args.batch_tokens / clock.elapsed
                 print(f"{clock.elapsed:6.1f} s, step {step}, loss {loss.item():.3f}, {speed:.0f} tokens/s", flush=True)
-        return save_target(model, end_token_ids(self.tokenizer), self.target_dir).to(self.device)
+        save_target(model, end_token_ids(self.tokenizer), self.target_dir)
 
     def _target_config(self) -> Qwen3Config:
         args, heads = self.args, self.args.hidden_size // HEAD_DIM
@@ -234,87 +232,50 @@ class Recipe:
         }
         return Qwen3Config.from_dict(config | shape)
 
-    def write_responses(self, target: Qwen3ForCausalLM) -> list[Response]:
-        """What the target itself writes after training prompts, until the time is up."""
-        args, clock = self.args, Clock(self.args.response_seconds)
-        settings = ResponseSettings(batch=args.response_batch, max_new_tokens=args.response_tokens, sampled_share=0.2)
-        responses: list[Response] = []
-        prompts = self._training_prompts(count=30 * args.response_batch)
-        print(f"{len(prompts)} prompts after {clock.elapsed:.1f} s", flush=True)
-        for number, batch in enumerate(equal_length_batches(prompts, args.response_batch, self.rng)):
-            responses += regenerate(target, batch, end_token_ids(self.tokenizer), replace(settings, seed=number))
-            tokens = sum(len(response.token_ids) for response in responses)
-            print(f"{clock.elapsed:6.1f} s, {len(responses)} responses, {tokens} tokens", flush=True)
-            if clock.elapsed > clock.seconds:
-                break
-        self.facts |= {"responses": len(responses), "response_tokens": tokens}
-        print(self.tokenizer.decode(responses[0].token_ids)[:600], flush=True)
-        return responses
-
-    def _training_prompts(self, count: int) -> list[Prompt]:
-        """Half chat, half plain text up to the end of a line, all of them of one of PROMPT_LENGTHS."""
+    def write_prompts(self) -> None:
+        """What `vllm-dflash train` is to have answered, from files that are not held out."""
         documents = first(training_documents(self.documents), PROMPT_CHARACTERS)
-        end = special_id(self.tokenizer, END_OF_TEXT)
-        lines = np.flatnonzero(self.stream == self.tokenizer.encode("\n").ids[0])
-        lines = lines[lines >= max(PROMPT_LENGTHS)]
-        chat = list(chat_prompts(documents, self.tokenizer, self.rng))[: count // 2]
-        prompts = []
-        for prompt in chat:
-            length = len(prompt.prompt_token_ids)
-            wanted = next((n for n in PROMPT_LENGTHS if n > length), None)
-            if wanted is not None:  # other text stands before it, as in the windows that the target was trained on
-                before = self._text(self.rng.choice(lines), wanted - length - 1)
-                prompts.append(replace(prompt, prompt_token_ids=[*before, end, *prompt.prompt_token_ids]))
-        for number in range(count - len(chat)):
-            ids = self._text(self.rng.choice(lines), self.rng.choice(PROMPT_LENGTHS))
-            prompts.append(Prompt(f"raw:{number}", "raw", "", ids, ""))
-        return prompts
+        found = training_prompts(documents, self.tokenizer, LONGEST_PROMPT, self.rng)
+        wanted = self.rng.sample(found, min(len(found), self.args.prompts))
+        write_user_prompts(wanted, self.prompts_file)
+        self.facts["prompts"] = len(wanted)
 
-    def _text(self, last: int, length: int) -> list[int]:
-        """`length` ids of the stream, up to index `last`."""
-        return self.stream[last + 1 - length : last + 1].astype(int).tolist()
+    def train_drafter(self) -> None:
+        """By the command, as a user does it."""
+        recipe = self.args.output / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(self._drafter_recipe()))
+        command = [sys.executable, "-m", "vllm_dflash", "train", "--target", str(self.target_dir)]
+        command += ["--prompts", str(self.prompts_file), "--output", str(self.drafter_dir), "--config", str(recipe)]
+        subprocess.run(command, check=True)
 
-    def train_drafter(self, target: Qwen3ForCausalLM, responses: list[Response]) -> None:
-        args, clock, settings = self.args, Clock(self.args.drafter_seconds), self._drafter_settings()
-        config = drafter_config(target.config, special_id(self.tokenizer, MASK), settings)
-        draft = DFlashDraftModel(config).float().to(self.device).train()
-        self.facts["drafter_parameters"] = sum(p.numel() for p in draft.parameters())
-        print(f"drafter of {self.facts['drafter_parameters'] / 1e6:.1f}M parameters", flush=True)
-        target = target.eval().requires_grad_(False)
-        optimizer = self._optimizer(draft, args.drafter_lr, weight_decay=0.01, betas=(0.9, 0.98))
-        self._compile(draft.layers)
-        data = batches(responses, settings.buckets, settings.batch_tokens, self.rng)
-        generator = torch.Generator().manual_seed(0)
-        for step in clock.steps():
-            batch = next(data).to(self.device)
-            logits, labels = draft_batch(draft, target, batch, settings, draft.mask_token_id, generator)
-            loss = block_loss(logits, labels, settings.gamma)
-            self._update(draft, optimizer, loss, args.drafter_lr * clock.factor())
-            if clock.wants_report():
-                run = block_accuracy(logits.detach(), labels).run
-                self.facts |= {"drafter_loss": round(loss.item(), 3), "drafter_steps": step, "run": round(run, 2)}
-                print(f"{clock.elapsed:6.1f} s, step {step}, loss {loss.item():.3f}, run {run:.2f}", flush=True)
-        save_drafter(draft, self.drafter_dir)
-
-    def _drafter_settings(self) -> DrafterSettings:
+    def _drafter_recipe(self) -> dict[str, dict[str, Any]]:
         args, last = self.args, self.args.num_layers - 1
         taps = {min(last, max(0, round(1 + i * (args.num_layers - 4) / 4))) for i in range(5)}
-        return DrafterSettings(
-            num_layers=args.drafter_layers,
-            intermediate_size=intermediate_size(args.hidden_size),
-            target_layer_ids=tuple(sorted(taps)),
-            block_size=args.block_size,
-            gamma=7.0 * args.block_size / 16,
-            batch_tokens=args.batch_tokens,
-            buckets=tuple(length + args.response_tokens for length in PROMPT_LENGTHS),
-        )
+        return {
+            "data": {"held_out": 16, "max_new_tokens": args.response_tokens, "max_length": MAX_LENGTH},
+            "model": {
+                "num_layers": args.drafter_layers,
+                "block_size": args.block_size,
+                "target_layer_ids": sorted(taps),
+            },
+            "training": {
+                "steps": args.drafter_steps,
+                "batch_tokens": args.batch_tokens,
+                "tokens_per_anchor": 8,
+                "learning_rate": args.drafter_lr,
+                "checkpoint_every": args.drafter_steps,
+                "evaluate_tokens": 64,
+            },
+        }
 
-    def measure(self, target: Qwen3ForCausalLM) -> None:
-        """Acceptance on held-out prompts, by the Transformers implementation, on the saved drafter."""
+    def measure(self) -> None:
+        """Acceptance on prompts of files that neither model has seen, by the Transformers implementation."""
+        target = Qwen3ForCausalLM.from_pretrained(self.target_dir, dtype=torch.bfloat16).to(self.device).eval()
         draft = DFlashDraftModel.from_pretrained(str(self.drafter_dir), dtype=torch.bfloat16).to(self.device).eval()
+        self.facts["drafter_parameters"] = sum(p.numel() for p in draft.parameters())
         step = max(1, len(self.held_out) // self.args.evaluate)
         with torch.device(self.device):
-            result = acceptance(draft, target, self.held_out[::step], 96, end_token_ids(self.tokenizer))
+            result = acceptance(draft, target, self.held_out[::step], MEASURED_TOKENS, end_token_ids(self.tokenizer))
         self.facts["acceptance_length"] = round(result.length, 3)
         shares = ", ".join(f"{share:.2f}" for share in result.per_position)
         print(f"acceptance length {result.length:.3f} ({result.drafts} drafts); per position {shares}", flush=True)

@@ -85,6 +85,15 @@ def write_prompts(prompts: Iterable[Prompt], file: Path) -> None:
             out.write(json.dumps(asdict(prompt), ensure_ascii=False) + "\n")
 
 
+def write_user_prompts(prompts: Iterable[Prompt], file: Path) -> None:
+    """The same as a user has them, for `vllm-dflash train`: what is said in a chat, or plain text."""
+    with file.open("w", encoding="utf-8") as out:
+        for prompt in prompts:
+            said = {"messages": [{"role": "user", "content": prompt.text}]}
+            record = said if prompt.kind == CHAT else {"prompt": prompt.text}
+            out.write(json.dumps({"id": prompt.id} | record, ensure_ascii=False) + "\n")
+
+
 def read_prompts(file: Path) -> list[Prompt]:
     """Read what `write_prompts` wrote. Raises ValueError naming file and line of a bad record."""
     prompts = []

@@ -28,7 +28,7 @@ from vllm_dflash.training.response_store import ResponseStore
 from vllm_dflash.training.responses import Response, until_end
 
 logger = logging.getLogger(__name__)
-_TRANSFORMERS_BATCH, _VLLM_CHUNK = 64, 256
+_TRANSFORMERS_BATCH, _VLLM_CHUNK = 64, 1024
 _CHILD = (sys.executable, "-m", "vllm_dflash.training.vllm_responses")
 
 
