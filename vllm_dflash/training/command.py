@@ -28,7 +28,9 @@ from vllm_dflash.hf.verification import TargetMasks
 from vllm_dflash.training.card import write_card
 from vllm_dflash.training.drafter_shape import new_drafter_config
 from vllm_dflash.training.evaluate import Acceptance, acceptance
-from vllm_dflash.training.feature_cache import FeatureCache, cache_fingerprint, write_cache
+from vllm_dflash.training.feature_cache import FeatureCache
+from vllm_dflash.training.feature_plan import cache_fingerprint
+from vllm_dflash.training.feature_writing import write_cache
 from vllm_dflash.training.held_out import split
 from vllm_dflash.training.mask_token import find_mask_token
 from vllm_dflash.training.origin import check_origin, hash_of, write_origin

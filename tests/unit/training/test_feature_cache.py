@@ -13,15 +13,11 @@ import torch
 from safetensors import safe_open
 from tiny_training import counting_responses, tiny_target
 
-from vllm_dflash.training import feature_cache
+from vllm_dflash.training import feature_writing
 from vllm_dflash.training.data import target_features
-from vllm_dflash.training.feature_cache import (
-    FeatureCache,
-    cache_fingerprint,
-    check_room,
-    estimate_bytes,
-    write_cache,
-)
+from vllm_dflash.training.feature_cache import FeatureCache
+from vllm_dflash.training.feature_plan import cache_fingerprint, check_room, estimate_bytes
+from vllm_dflash.training.feature_writing import write_cache
 from vllm_dflash.training.responses import Response
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +75,7 @@ def forbid_forwards(monkeypatch) -> None:
     def forward(*args):
         raise AssertionError("the target was run")
 
-    monkeypatch.setattr(feature_cache, "target_features", forward)
+    monkeypatch.setattr(feature_writing, "target_features", forward)
 
 
 # ---- Content ----
@@ -117,7 +113,7 @@ def test_forwards_stay_within_batch_tokens_and_waste_little(tmp_path, target_dir
         shapes.append(tuple(token_ids.shape))
         return target_features(target, token_ids, layer_ids)
 
-    monkeypatch.setattr(feature_cache, "target_features", forward)
+    monkeypatch.setattr(feature_writing, "target_features", forward)
     write(tmp_path, target_dir)
     assert shapes == [(2, 32), (2, 31), (4, 12)]
 
@@ -205,7 +201,7 @@ def test_shards_of_other_batches_are_computed_again(tmp_path, target_dir, monkey
 
     write(tmp_path / "whole", target_dir)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(feature_cache, "_write_index", killed)
+        patch.setattr(feature_writing, "_write_index", killed)
         write(tmp_path / "killed", target_dir, shard_bytes=1)
     assert len(contents(tmp_path / "killed")) == 3
     write(tmp_path / "killed", target_dir)
@@ -361,7 +357,7 @@ def test_shards_that_are_there_need_no_more_room(tmp_path, target_dir, monkeypat
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_disk_that_gets_full_is_told_and_a_rerun_goes_on(tmp_path, target_dir, monkeypatch, number):
     write(tmp_path / "whole", target_dir)
-    folder, write_rows, written = tmp_path / "full", feature_cache._write_rows, []
+    folder, write_rows, written = tmp_path / "full", feature_writing._write_rows, []
 
     def full_at_the_third_batch(out, rows):
         if len(written) == 2:
@@ -370,7 +366,7 @@ def test_disk_that_gets_full_is_told_and_a_rerun_goes_on(tmp_path, target_dir, m
         written.append(len(rows))
         write_rows(out, rows)
 
-    monkeypatch.setattr(feature_cache, "_write_rows", full_at_the_third_batch)
+    monkeypatch.setattr(feature_writing, "_write_rows", full_at_the_third_batch)
     with pytest.raises(ValueError) as error:
         write(folder, target_dir)
     size = (folder / "shard-00000.safetensors").stat().st_size
@@ -386,7 +382,7 @@ def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, target_dir, monke
     def broken(out, rows):
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(feature_cache, "_write_rows", broken)
+    monkeypatch.setattr(feature_writing, "_write_rows", broken)
     with pytest.raises(OSError, match="broken"):
         write(tmp_path, target_dir)
     assert not contents(tmp_path)

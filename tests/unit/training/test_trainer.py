@@ -18,7 +18,7 @@ from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.blocks import DraftedBlocks
 from vllm_dflash.training.data import collate
 from vllm_dflash.training.evaluate import Acceptance
-from vllm_dflash.training.feature_cache import write_cache
+from vllm_dflash.training.feature_writing import write_cache
 from vllm_dflash.training.loss import block_loss
 from vllm_dflash.training.recipe import Recipe
 
