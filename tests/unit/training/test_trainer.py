@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import counting_responses, tiny_target
 from trainer_child import MASK_ID, RECIPE, made_trainer
 
@@ -99,6 +100,21 @@ def test_the_best_drafter_stays(tmp_path: Path) -> None:
     assert (state.best_step, state.best.length) == (4, pytest.approx(2.7))
     for name, weight in weights(tmp_path).items():
         assert torch.equal(weight, kept[1][name].to(torch.bfloat16).float()), name
+
+
+def test_acceptance_is_logged_by_position(tmp_path: Path) -> None:
+    lengths = iter([Acceptance(10, (5, 4, 0)), Acceptance(8, (6, 4, 2))])
+    state = made_trainer(tmp_path, changed(steps=4, evaluate_every=2), lambda draft: next(lengths)).run()
+    events = EventAccumulator(str(tmp_path / "logs" / "drafter")).Reload()
+    logged = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert {tag for tag in logged if tag.startswith("acceptance/")} == {f"acceptance/position_{k}" for k in (1, 2, 3)}
+    # 5, 4 and 0 of 10 drafts, then 6, 4 and 2 of 8
+    expected = {"position_1": (0.5, 0.75), "position_2": (0.4, 0.5), "position_3": (0.0, 0.25)}
+    for name, (first, last) in expected.items():
+        assert logged[f"acceptance/{name}"] == [(2, pytest.approx(first)), (4, pytest.approx(last))]
+    assert logged["acceptance_length"] == [(2, pytest.approx(1.9)), (4, pytest.approx(2.5))]
+    of_best = [logged[f"acceptance/position_{k}"][-1][1] for k in (1, 2, 3)]
+    assert state.best_step == 4 and state.best.per_position == pytest.approx(of_best)
 
 
 def test_what_goes_wrong_in_the_evaluation_does_not_cost_the_training(tmp_path: Path) -> None:
