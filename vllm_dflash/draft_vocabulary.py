@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 #: Text -> token ids.
 Encode = Callable[[str], Iterable[int]]
+_OPTION = '--additional-config\'s "dflash": "draft_vocab_size"'
 
 
 def choose_draft_vocabulary(
@@ -25,17 +26,22 @@ def choose_draft_vocabulary(
     the commonest, have the lowest ids. `encode` makes a tokenizer, and is only called for a file of text.
     Raises ValueError naming the file and line, or the size.
     """
+    ranked = _ranked(Path(file), vocab_size, encode) if file is not None else ()
+    return filled_vocabulary(size, vocab_size, required, ranked, _OPTION)
+
+
+def filled_vocabulary(
+    size: int, vocab_size: int, required: Iterable[int], ranked: Iterable[int], setting: str
+) -> list[int]:
+    """`size` token ids, ascending: the required ones, then those of `ranked` from its beginning, then the lowest.
+
+    `ranked` is not looked at before the size is found to fit. Raises ValueError naming the `setting` and its value.
+    """
     if size > vocab_size:
-        raise ValueError(
-            f'--additional-config\'s "dflash": "draft_vocab_size" = {size}, but the target has {vocab_size} tokens'
-        )
+        raise ValueError(f"{setting} = {size}, but the target has {vocab_size} tokens")
     chosen = dict.fromkeys(token for token in required if 0 <= token < vocab_size)
     if len(chosen) > size:
-        raise ValueError(
-            f'--additional-config\'s "dflash": "draft_vocab_size" = {size} has no room for the target\'s {len(chosen)} '
-            "stop tokens"
-        )
-    ranked = _ranked(Path(file), vocab_size, encode) if file is not None else []
+        raise ValueError(f"{setting} = {size} has no room for the target's {len(chosen)} stop tokens")
     for token in (*ranked, *range(vocab_size)):
         if len(chosen) >= size:
             break
@@ -43,7 +49,7 @@ def choose_draft_vocabulary(
     return sorted(chosen)
 
 
-def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> list[int]:
+def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> Iterator[int]:
     """Token ids of a file, most frequent first. Ties in the order of first appearance."""
     try:
         if file.suffix == ".json":
@@ -55,7 +61,7 @@ def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> list[i
     for token in tokens:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"{file}: token id {token!r} is not in the target's vocabulary of {vocab_size}")
-    return tokens
+    yield from tokens
 
 
 def _frequency_list(file: Path) -> list[int]:

@@ -198,6 +198,11 @@ class DFlashDraftModel(PreTrainedModel):
     def target_layer_ids(self) -> tuple[int, ...]:
         return self.dflash.target_layer_ids
 
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """Of a reduced draft vocabulary, the target's id of every row of the LM head, [D]; None: row i is token i."""
+        return None if self.d2t is None else torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
     @classmethod
     def from_pretrained(cls, model: str, *, revision: str | None = None, **kwargs: Any) -> DFlashDraftModel:
         """Load a drafter directory or hub id. `dtype`, `device_map`, ... as in Transformers.
@@ -268,9 +273,9 @@ class DFlashDraftModel(PreTrainedModel):
         """Logits over the target's vocabulary [B, Q, V]; ids outside a reduced draft vocabulary get -inf."""
         head = self.lm_head if self.lm_head is not None else target.get_output_embeddings()
         logits = head(hidden_states)
-        if self.d2t is None:
+        target_ids = self.draft_token_ids
+        if target_ids is None:
             return logits
-        target_ids = torch.arange(len(self.d2t), device=logits.device) + self.d2t
         full = logits.new_full((*logits.shape[:-1], self.dflash.vocab_size), float("-inf"))
         full[..., target_ids] = logits
         return full
