@@ -9,16 +9,31 @@ import yaml
 
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.recipe import Recipe
+from vllm_dflash.training.reduced_vocabulary import Coverage
 
 
-def write_card(folder: Path, target: str, recipe: Recipe, num_responses: int, found: Acceptance) -> None:
+def write_card(
+    folder: Path,
+    target: str,
+    recipe: Recipe,
+    num_responses: int,
+    found: Acceptance,
+    vocabulary: Coverage | None = None,
+) -> None:
     """README.md in `folder`."""
     (folder / "README.md").write_text(
-        card(folder.resolve().name, target, recipe, num_responses, found), encoding="utf-8"
+        card(folder.resolve().name, target, recipe, num_responses, found, vocabulary), encoding="utf-8"
     )
 
 
-def card(name: str, target: str, recipe: Recipe, num_responses: int, found: Acceptance) -> str:
+def card(
+    name: str,
+    target: str,
+    recipe: Recipe,
+    num_responses: int,
+    found: Acceptance,
+    vocabulary: Coverage | None = None,  # None: the target's own
+) -> str:
     """In markdown."""
     settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).rstrip()
     shares = " | ".join(f"{share:.2f}" for share in found.per_position)
@@ -44,7 +59,7 @@ first k tokens were accepted:
 | k | {numbers} |
 |---|{"--:|" * len(found.per_position)}
 | share | {shares} |
-
+{_vocabulary_section(vocabulary)}
 ## Training
 
 {num_responses} prompts, answered by the target itself. Made by `vllm-dflash train` with this recipe:
@@ -52,4 +67,15 @@ first k tokens were accepted:
 ```yaml
 {settings}
 ```
+"""
+
+
+def _vocabulary_section(found: Coverage | None) -> str:
+    if found is None:
+        return ""
+    return f"""
+## Draft vocabulary
+
+It can draft {found}, counted in the training responses. Other tokens come from the target alone:
+the text is what it would be without drafts.
 """

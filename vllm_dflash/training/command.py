@@ -37,6 +37,7 @@ from vllm_dflash.training.origin import check_origin, hash_of, write_origin
 from vllm_dflash.training.prompt_files import prompt_token_ids, read_prompts
 from vllm_dflash.training.prompts import Prompt
 from vllm_dflash.training.recipe import Recipe
+from vllm_dflash.training.reduced_vocabulary import Coverage, choose_vocabulary, coverage, take_rows
 from vllm_dflash.training.responding import (
     Asked,
     ResponseJob,
@@ -95,9 +96,10 @@ class DrafterRun:
         if self.options.only_data:
             self.feature_cache(draft, responses)
             return None
+        vocabulary = self.vocabulary(draft, responses)
         found = self.train(draft, responses, held_out)
         if found is not None:
-            write_card(self.output, self.options.target, self.recipe, len(responses), found)
+            write_card(self.output, self.options.target, self.recipe, len(responses), found, vocabulary)
         return found
 
     # The models.
@@ -149,8 +151,29 @@ class DrafterRun:
         mask_token_id = find_mask_token(
             self.tokenizer, self.target.get_input_embeddings().num_embeddings, self.recipe.model.mask_token
         )
+        token_ids = self._chosen_tokens(())  # what is wrong with their number shows before responses are written
         torch.manual_seed(self.recipe.training.seed)
-        return new_drafter(self.target, new_drafter_config(self.target, self.recipe.model, mask_token_id))
+        draft = new_drafter(self.target, new_drafter_config(self.target, self.recipe.model, mask_token_id))
+        if token_ids is not None:
+            take_rows(draft, self.target, token_ids)
+        return draft
+
+    def _chosen_tokens(self, responses: Sequence[Response]) -> list[int] | None:
+        """The draft vocabulary for these responses; None: the recipe wants no other than the target's."""
+        size = self.recipe.model.draft_vocab_size
+        if size is None:
+            return None
+        return choose_vocabulary(responses, size, self.target.get_input_embeddings().num_embeddings, self.end_ids)
+
+    def vocabulary(self, draft: DFlashDraftModel, responses: Sequence[Response]) -> Coverage | None:
+        """Give a new drafter the tokens that the responses have most of. What its vocabulary, if it has one, covers."""
+        token_ids = self._chosen_tokens(responses)
+        if token_ids is not None:
+            take_rows(draft, self.target, token_ids)
+        found = coverage(draft, responses)
+        if found is not None:
+            logger.info("draft vocabulary: %s", found)
+        return found
 
     # The data.
 
@@ -352,9 +375,7 @@ def started_from(drafter: str, target: nn.Module) -> DFlashDraftModel:
             f"--init-from {drafter}: taps layers {list(draft.target_layer_ids)}, and --target has "
             f"{of_target.num_hidden_layers}"
         )
-    own_parts = [name for name in ("embed_tokens", "lm_head", "d2t") if getattr(draft, name) is not None]
-    if own_parts or draft.mask_embedding is not None:
-        raise ValueError(
-            f"--init-from {drafter}: has {own_parts or 'a mask embedding'} of its own, which stay untrained"
-        )
+    if draft.embed_tokens is not None or draft.mask_embedding is not None:
+        part = "an embedding table" if draft.embed_tokens is not None else "a mask embedding"
+        raise ValueError(f"--init-from {drafter}: has {part} of its own, and only the target's is trained with")
     return draft

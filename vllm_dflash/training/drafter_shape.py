@@ -40,6 +40,8 @@ def new_drafter_config(target: nn.Module, model: ModelRecipe, mask_token_id: int
             "sliding_window": model.sliding_window,
             "use_sliding_window": True,
         }
+    if model.draft_vocab_size is not None:
+        fields |= {"draft_vocab_size": model.draft_vocab_size, "own_tensors": ["d2t", "lm_head.weight"]}
     dflash: dict[str, Any] = {"mask_token_id": mask_token_id, "causal": False}
     dflash["target_layer_ids"] = _layer_ids(model, of_target.num_hidden_layers, fields | {"dflash_config": dflash})
     return Qwen3Config(**fields, dflash_config=dflash)

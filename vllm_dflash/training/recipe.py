@@ -46,6 +46,7 @@ class ModelRecipe(_Section):
     target_layer_ids: tuple[int, ...] | None = None  # None: as many as layers, evenly from the 2nd to the 3rd-to-last
     intermediate_size: Positive | None = None  # None: the target's
     sliding_window: Positive | None = None  # of all layers, bidirectional inside the block; None: full attention
+    draft_vocab_size: Positive | None = None  # tokens that can be drafted; None: all of the target's
     mask_token: str | int | None = None  # a token of the target's tokenizer or its id; None: an unused one
 
 

@@ -11,7 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from vllm_dflash.training.data import collate, target_states
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.objective import Objective, objective_sums, target_rows
 from vllm_dflash.training.recipe import Recipe
+from vllm_dflash.training.reduced_vocabulary import draft_labels
 from vllm_dflash.training.responses import Response
 from vllm_dflash.training.run_state import RunState, latest_checkpoint, save_checkpoint
 from vllm_dflash.training.schedule import cosine_with_warmup
@@ -83,6 +84,8 @@ class DrafterTrainer:
         self.shape = BlockShape(draft.block_size, draft.mask_token_id, training.anchors, training.tokens_per_anchor)
         objective = recipe.objective
         self.objective = Objective(objective.kind, recipe.gamma(draft.block_size), objective.alpha, objective.kl_weight)
+        if draft.lm_head is not None:  # frozen, as the target's is for a drafter without one
+            draft.lm_head.requires_grad_(False)
         optimizer = torch.optim.AdamW(
             draft.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=wants_gpu
         )
@@ -121,6 +124,11 @@ class DrafterTrainer:
         self._evaluate()  # behind the checkpoint: what goes wrong in it does not cost the training
         self.accelerator.end_training()
         return self.state
+
+    @property
+    def _own(self) -> DFlashDraftModel:
+        """The drafter without what `accelerate` has put around it."""
+        return self.accelerator.unwrap_model(self.draft)
 
     @property
     def _work(self) -> Path:
@@ -179,6 +187,9 @@ class DrafterTrainer:
         last: Tensor | None,  # [B, S, H] the target's last hidden states
     ) -> Tensor:
         """The objective over all blocks, without all their logits at a time."""
+        token_ids = self._own.draft_token_ids
+        if token_ids is not None:
+            blocks = replace(blocks, labels=draft_labels(blocks.labels, token_ids, self._own.dflash.vocab_size))
         rows = None
         if self.objective.kl_weight and last is not None:
             rows = target_rows(last, blocks.anchors, self.shape.block_size).flatten(0, 1)  # [B*N, K, H]
@@ -194,11 +205,15 @@ class DrafterTrainer:
     def _sums(
         self,
         hidden: Tensor,  # [M, K, H]
-        labels: Tensor,  # [M, K]
+        labels: Tensor,  # [M, K] rows of the head
         of_target: Tensor | None,  # [M, K, H]
     ) -> tuple[Tensor, Tensor]:
-        head = self.target.get_output_embeddings()
-        target_logits = None if of_target is None else head(of_target)
+        """What cannot be drafted has no part in either distribution: the KL's softmax makes the rest sum to one."""
+        whole_head, own = self.target.get_output_embeddings(), self._own
+        head = whole_head if own.lm_head is None else own.lm_head
+        target_logits = None if of_target is None else whole_head(of_target)
+        if target_logits is not None and own.draft_token_ids is not None:
+            target_logits = target_logits[..., own.draft_token_ids]
         return objective_sums(head(hidden), labels, self.objective, target_logits)
 
     def _report(self, step: int) -> None:
@@ -214,7 +229,7 @@ class DrafterTrainer:
         """Measure, and keep the drafter if none before it was better."""
         weights = self.accelerator.get_state_dict(self.draft)  # of all ranks' shards
         if self.accelerator.is_main_process:
-            draft = DFlashDraftModel(self.accelerator.unwrap_model(self.draft).config).float()
+            draft = DFlashDraftModel(self._own.config).float()
             draft.load_state_dict(weights)
             found = self.evaluate(copy.deepcopy(draft).to(self.accelerator.device, self.target.dtype).eval())
             self.accelerator.log(_logged(found), step=self.state.step)

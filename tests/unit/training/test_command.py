@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from vllm_dflash.training.card import card
 from vllm_dflash.training.drafter_shape import new_drafter_config
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.recipe import ModelRecipe, read_recipe
+from vllm_dflash.training.reduced_vocabulary import Coverage
 from vllm_dflash.training.responding import Asked, generated
 
 TARGET = str(SHIPPED_PAIR / "target")
@@ -93,6 +95,38 @@ def test_an_existing_drafter_goes_on(tmp_path: Path, prompts: Path, recipe: Path
     before = DFlashDraftModel.from_pretrained(str(shipped), dtype=torch.float32).state_dict()
     for name, weight in DFlashDraftModel.from_pretrained(str(output), dtype=torch.float32).state_dict().items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_a_draft_vocabulary_from_the_responses(tmp_path: Path, prompts: Path, recipe: Path) -> None:
+    output, base = tmp_path / "drafter", ["train", "--target", TARGET, "--prompts", prompts]
+    said = run(*base, "--config", recipe, "--output", output, "--set", "model.draft_vocab_size=40")
+    records = [json.loads(line) for line in (output / "work" / "responses.jsonl").read_text().splitlines()]
+    counts = Counter(token for record in records for token in record["token_ids"][1:])
+    ends = AutoModelForCausalLM.from_pretrained(TARGET).generation_config.eos_token_id
+    ranked = [*ends, *sorted(counts, key=lambda token: (-counts[token], token)), *range(2048)]
+    chosen = sorted(list(dict.fromkeys(ranked))[:40])
+    draft = DFlashDraftModel.from_pretrained(str(output), dtype=torch.float32)
+    assert (draft.d2t + torch.arange(40)).tolist() == chosen
+    share = f"{sum(counts[token] for token in chosen) / counts.total():.2%}"
+    assert f"draft vocabulary: 40 of the target's 2048 tokens, {share} of what is to be drafted" in said
+    assert f"40 of the target's 2048 tokens, {share} of what" in (output / "README.md").read_text()
+    # Trained on, it keeps both vocabulary and rows.
+    recipe.write_text(yaml.safe_dump(SETTINGS | {"model": {}}))
+    said = run(*base, "--config", recipe, "--output", tmp_path / "on", "--init-from", output)
+    assert f"draft vocabulary: 40 of the target's 2048 tokens, {share}" in said
+    on = DFlashDraftModel.from_pretrained(str(tmp_path / "on"), dtype=torch.float32)
+    assert torch.equal(on.d2t, draft.d2t) and torch.equal(on.lm_head.weight, draft.lm_head.weight)
+    assert not torch.equal(on.fc.weight, draft.fc.weight)
+
+
+def test_a_draft_vocabulary_that_cannot_be_shows_before_responses_are_written(
+    tmp_path: Path, prompts: Path, recipe: Path
+) -> None:
+    output = tmp_path / "out"
+    base = ["train", "--target", TARGET, "--prompts", prompts, "--output", output, "--config", recipe]
+    said = run(*base, "--set", "model.draft_vocab_size=2049", code=1)
+    assert "model.draft_vocab_size = 2049, but the target has 2048 tokens" in said
+    assert not output.exists()
 
 
 def test_a_dry_run_writes_an_untrained_drafter_and_serves_it(
@@ -260,6 +294,13 @@ def test_settings_from_the_command_line() -> None:
     assert overrides(given) == {
         "training": {"steps": 20, "warmup": 0.5}, "data": {"thinking": False}, "model": {"mask_token": "<m>"}
     }  # fmt: skip
+
+
+def test_the_card_tells_the_draft_vocabulary() -> None:
+    found = Acceptance(8, (6, 4, 2))
+    text = card("mine", "org/target", read_recipe(None), 1234, found, Coverage(32768, 151936, 0.98765))
+    assert "It can draft 32768 of the target's 151936 tokens, 98.77% of what is to be drafted" in text
+    assert "## Draft vocabulary" not in card("mine", "org/target", read_recipe(None), 1234, found)
 
 
 def test_the_card_tells_acceptance() -> None:

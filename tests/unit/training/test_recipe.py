@@ -49,6 +49,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("trainer: {}", r"trainer: no such key"),
         ("model: {block_size: 1}", r"model.block_size: .*found 1"),
         ("model: {target_layer_ids: [3, 1]}", r"model.target_layer_ids: rising numbers from 0 on .*\[3, 1\]"),
+        ("model: {draft_vocab_size: 0}", r"model.draft_vocab_size: .*greater than 0, found 0"),
         ("model: {target_layer_ids: []}", r"model.target_layer_ids"),
         ("data: {temperatures: [1.0, 0.2]}", r"data.temperatures: two rising numbers .*\[1.0, 0.2\]"),
         ("data: {sampled_share: 1.5}", r"data.sampled_share: .*found 1.5"),

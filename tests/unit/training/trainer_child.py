@@ -11,6 +11,7 @@ from vllm_dflash.training import trainer
 from vllm_dflash.training.drafter_shape import new_drafter_config
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.recipe import Recipe
+from vllm_dflash.training.reduced_vocabulary import take_rows
 
 RECIPE = Recipe.model_validate(
     {
@@ -30,13 +31,22 @@ RECIPE = Recipe.model_validate(
 MASK_ID = 3
 
 
-def made_trainer(output, recipe=RECIPE, evaluate=lambda draft: Acceptance(10, (5, 2, 1)), responses=16, **more):
+def made_trainer(
+    output,
+    recipe=RECIPE,
+    evaluate=lambda draft: Acceptance(10, (5, 2, 1)),
+    responses=None,
+    vocabulary=None,  # token ids, where the recipe's drafter has one of its own
+    **more,
+):
     import torch
 
     target = tiny_target()
     torch.manual_seed(recipe.training.seed)
     draft = DFlashDraftModel(new_drafter_config(target, recipe.model, MASK_ID))
-    return trainer.DrafterTrainer(target, draft, counting_responses(responses), recipe, output, evaluate, **more)
+    if vocabulary is not None:
+        take_rows(draft, target, vocabulary)
+    return trainer.DrafterTrainer(target, draft, responses or counting_responses(16), recipe, output, evaluate, **more)
 
 
 if __name__ == "__main__":
