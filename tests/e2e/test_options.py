@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
-from tests.e2e.engines import PAIR, TARGET, Run, dflash, held_out_prompts, run_engine
+from tests.e2e.engines import DRAFTER, PAIR, TARGET, Run, dflash, held_out_prompts, run_engine
+from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.training.reduced_vocabulary import take_rows
+from vllm_dflash.training.train import save_drafter
 
 pytestmark = pytest.mark.engine
 
@@ -25,11 +30,15 @@ ACCEPTANCE_LENGTH = 3.26
 
 
 def generate(
-    folder: Path, options: dict[str, Any] | None, llm: dict[str, Any] | None = None, **environment: str
+    folder: Path,
+    options: dict[str, Any] | None,
+    llm: dict[str, Any] | None = None,
+    drafter: Path = DRAFTER,
+    **environment: str,
 ) -> Run:
     """One engine, all prompts at once; without options, vLLM without speculation."""
     run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
-    drafting = {} if options is None else dflash() | {"additional_config": {"dflash": options}}
+    drafting = {} if options is None else dflash(drafter) | {"additional_config": {"dflash": options}}
     return run_engine(folder, BASE | drafting | (llm or {}), [run], **environment)["run"]
 
 
@@ -76,8 +85,7 @@ def test_reduced_vocabulary_on_two_ranks(reference: Run, tmp_path: Path) -> None
 
 def test_fp8_weights_and_tokens_counted_in_a_text(reference: Run, tmp_path: Path) -> None:
     """The text is short, so that the lowest ids do better: what counts is that these are the tokens drafted."""
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("".join(f"{text}\n" for text in held_out_texts()), encoding="utf-8")
+    corpus = text_file(tmp_path)
     options = {"draft_weights": "fp8", "draft_vocab_size": DRAFT_VOCAB_SIZE, "draft_vocab_file": str(corpus)}
     run = generate(tmp_path, options)
     assert run.token_ids == reference.token_ids
@@ -85,9 +93,28 @@ def test_fp8_weights_and_tokens_counted_in_a_text(reference: Run, tmp_path: Path
     assert_only_drafts_of(most_frequent(corpus), run, reference)
 
 
-def held_out_texts() -> list[str]:
+def test_a_vocabulary_of_the_drafter_s_own(reference: Run, tmp_path: Path) -> None:
+    """As a training with `model.draft_vocab_size` writes it, of the shipped drafter's weights."""
+    shipped = DFlashDraftModel.from_pretrained(str(DRAFTER))
+    config = copy.deepcopy(shipped.config)
+    config.draft_vocab_size, config.own_tensors = DRAFT_VOCAB_SIZE, ["d2t", "lm_head.weight"]
+    draft = DFlashDraftModel(config)
+    draft.load_state_dict(shipped.state_dict(), strict=False)
+    corpus = text_file(tmp_path)
+    take_rows(draft, AutoModelForCausalLM.from_pretrained(TARGET), sorted(most_frequent(corpus)))
+    save_drafter(draft, tmp_path / "drafter")
+    run = generate(tmp_path, {}, drafter=tmp_path / "drafter")
+    assert run.token_ids == reference.token_ids
+    assert run.acceptance_length > 0.55 * ACCEPTANCE_LENGTH
+    assert_only_drafts_of(most_frequent(corpus), run, reference)
+
+
+def text_file(folder: Path) -> Path:
+    """The held-out texts."""
     lines = (PAIR / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+    file = folder / "corpus.txt"
+    file.write_text("".join(json.loads(line)["text"] + "\n" for line in lines), encoding="utf-8")
+    return file
 
 
 def most_frequent(corpus: Path) -> set[int]:
