@@ -17,6 +17,7 @@ A smoke test on a CPU:
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -65,7 +66,7 @@ LONGEST_PROMPT = 448  # tokens, of training prompts: the drafter must know long 
 MEASURED_TOKENS = 128  # of each held-out prompt
 TOKENIZER_CHARACTERS = 12_000_000
 CHAT_CHARACTERS = 10_000_000  # of source code from which conversations are cut
-PROMPT_CHARACTERS = 20_000_000  # of source code that prompts are cut from
+PROMPT_CHARACTERS = 6_000_000  # of source code that prompts are cut from
 REPORT_EVERY_S = 5.0
 
 
@@ -81,6 +82,8 @@ def main() -> None:
         recipe.train_target()
     with recipe.stage("prompts"):
         recipe.write_prompts()
+    gc.collect()  # vLLM, which writes the responses, wants the GPU's memory
+    torch.cuda.empty_cache()
     with recipe.stage("drafter"):
         recipe.train_drafter()
     if args.evaluate:

@@ -239,7 +239,9 @@ class DrafterRun:
         gc.collect()
         torch.cuda.empty_cache()
         dtype = str(self.dtype).removeprefix("torch.")
-        job = ResponseJob(self.options.target, tuple(asked), ends, self.recipe.data.max_length, dtype)
+        data = self.recipe.data
+        memory = data.gpu_memory_utilization
+        job = ResponseJob(self.options.target, tuple(asked), ends, data.max_length, dtype, memory)
         respond_with_vllm(store, job, self.work / "vllm.log")
 
     # The training.
@@ -308,7 +310,7 @@ class DrafterRun:
     def _origin_of_run(self, draft: DFlashDraftModel, responses: list[Response]) -> dict[str, Any]:
         """All that decides the weights."""
         of_no_weight = {
-            "data": {"engine", "feature_cache_gb"},
+            "data": {"engine", "gpu_memory_utilization", "feature_cache_gb"},
             "training": {"checkpoint_every", "evaluate_every", "evaluate_tokens"},
         }
         return {

@@ -34,6 +34,7 @@ class DataRecipe(_Section):
     sampled_share: Share = 0.25  # of the responses, at a temperature between these two; the others are greedy
     temperatures: tuple[float, float] = (0.7, 1.0)
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None  # of that vLLM; None: its own default
     feature_cache_gb: Annotated[float, Field(gt=0)] | None = None  # GiB on disk; None: computed at every step
     seed: int = 0
 

@@ -52,6 +52,7 @@ class ResponseJob:
     end_ids: tuple[int, ...]
     max_model_len: int
     dtype: str
+    gpu_memory_utilization: float | None = None  # None: vLLM's default
     chunk: int = _VLLM_CHUNK
 
 

@@ -34,6 +34,8 @@ from vllm_dflash.training.schedule import cosine_with_warmup
 from vllm_dflash.training.train import save_drafter
 
 logger = logging.getLogger(__name__)
+#: Batches come in many shapes. Of those, torch 2.11's analysis of how to tile a kernel fails in RMSNorm.
+_COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
 #: Bytes of fp32 logits that exist at a time: those of a large vocabulary are the largest tensors of a step.
 _LOGITS_BYTES = 2**29
 _REPORT_SECONDS = 10.0
@@ -91,7 +93,7 @@ class DrafterTrainer:
         )
         compiles = training.compile if training.compile is not None else wants_gpu
         for layer in draft.layers if compiles else ():
-            layer.compile()
+            layer.compile(dynamic=True, options=_COMPILE_OPTIONS)
         self.draft, self.optimizer = self.accelerator.prepare(draft.float().train(), optimizer)
         lengths = [len(each.prompt_token_ids) + len(each.token_ids) for each in sequences]
         self.plan = BatchPlan(lengths, recipe.data.max_length, training.batch_tokens, training.seed)

@@ -21,7 +21,9 @@ def run_job(job: ResponseJob) -> Iterator[dict[str, Response] | None]:
     """Start the engine and answer, longest prompts first: what does not fit shows at once."""
     from vllm import LLM
 
-    llm = LLM(model=job.target, dtype=job.dtype, max_model_len=job.max_model_len)
+    share = job.gpu_memory_utilization
+    memory = {} if share is None else {"gpu_memory_utilization": share}
+    llm = LLM(model=job.target, dtype=job.dtype, max_model_len=job.max_model_len, **memory)
     asked = sorted(job.asked, key=lambda each: -len(each.prompt_token_ids))
     for start in range(0, len(asked), job.chunk):
         chunk = asked[start : start + job.chunk]
