@@ -255,7 +255,12 @@ class Recipe:
         args, last = self.args, self.args.num_layers - 1
         taps = {min(last, max(0, round(1 + i * (args.num_layers - 4) / 4))) for i in range(5)}
         return {
-            "data": {"held_out": 16, "max_new_tokens": args.response_tokens, "max_length": MAX_LENGTH},
+            "data": {
+                "held_out": 16,
+                "max_new_tokens": args.response_tokens,
+                "max_length": MAX_LENGTH,
+                "gpu_memory_utilization": 0.5,  # a small target needs no more
+            },
             "model": {
                 "num_layers": args.drafter_layers,
                 "block_size": args.block_size,

@@ -41,7 +41,9 @@ def main() -> None:
     run = Run(args.drafter)
     reports = run.reports()
     if len(reports) <= args.skip:
-        parser.error(f"--skip {args.skip}: the run has {len(reports)} reports, one for each 10 seconds; train for longer")
+        parser.error(
+            f"--skip {args.skip}: the run has {len(reports)} reports, one for each 10 seconds; train for longer"
+        )
     tokens_s = statistics.median(reports[args.skip :])
     work = run.work()
     facts = {

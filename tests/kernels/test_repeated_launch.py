@@ -76,9 +76,18 @@ def test_other_arguments_are_compiled_for(
     assert len(kernel.variants) == 2 and not kernel.variants[0].launches
 
 
+def test_fractions_share_a_variant(kernel: Kernel) -> None:
+    launch = RepeatedLaunch(kernel)
+    for scale in (0.5, 1.0, 16.0):
+        launch[(1,)](torch.zeros(64), scale, N=5, BLOCK=8)
+    assert [[given[2] for given in variant.launches] for variant in kernel.variants] == [[1.0, 16.0]]
+    launch[(1,)](torch.zeros(64), 16, N=5, BLOCK=8)
+    assert len(kernel.variants) == 2
+
+
 def test_what_cannot_be_told_apart(kernel: Kernel) -> None:
-    with pytest.raises(TypeError, match="float"):
-        RepeatedLaunch(kernel)[(1,)](torch.zeros(64), 0.5, N=5, BLOCK=8)
+    with pytest.raises(TypeError, match="str"):
+        RepeatedLaunch(kernel)[(1,)](torch.zeros(64), "7", N=5, BLOCK=8)
 
 
 def test_the_interpreter_has_no_variants() -> None:

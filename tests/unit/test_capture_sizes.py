@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +152,19 @@ def test_an_engine_of_ours_captures_up_to_a_full_batch(
     assert max(sizes) == max(max_num_seqs * ROWS, *theirs)
     assert sizes == sorted(set(sizes))
     assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "limit", "expected"),
+    [
+        (8, 8192, [*range(8, 257, 8), 512]),
+        (64, 8192, [*range(8, 257, 8), 320, 384, 448, 512, 768, 1024]),
+        (256, 2304, [*range(8, 257, 8), *range(320, 2049, 64), 2304]),
+    ],
+)
+def test_where_the_number_of_nodes_varies(max_num_seqs: int, limit: int, expected: list[int]) -> None:
+    scheduler = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=limit)
+    assert sorted(capture_sizes.varying_sizes(scheduler)) == expected
 
 
 def test_compile_sizes_follow_the_capture_sizes(target: str, drafter: str) -> None:

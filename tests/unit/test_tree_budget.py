@@ -82,6 +82,17 @@ def test_prompts_in_the_batch(one_rank: None) -> None:
     assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 6}) == 1
 
 
+def test_no_step_leaves_the_graphs_for_its_trees(one_rank: None) -> None:
+    """Graphs of up to seven rows, two of them roots', or of a prompt's that run anyway."""
+    budget = made_budget([1.0] * 20)
+    budget._profile = CostProfile(None, torch.float32, 20, 2, 9999)
+    list(budget.batches_to_profile([1, 7]))
+    step(budget, {"a": 0, "b": 0})
+    assert step(budget, {"a": 4, "b": 4}) == 5
+    assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 4}) == 2
+    assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 7}) == 4  # a prompt has left them already
+
+
 def test_what_the_host_takes_for_the_rows(one_rank: None) -> None:
     budget = made_budget([1.0] * 12)
     planned, scheduled = np.array([4, 2, 0], dtype=np.int32), np.array([5, 3, 7], dtype=np.int32)

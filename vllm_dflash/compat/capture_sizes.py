@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 #: Neighbouring sizes differ by at most 1/16: a batch between them is padded, and above some hundred rows each padding
 #: row costs as much as a real one.
 _FINENESS = 16
-#: With trees of varying size: up to how many rows each eighth is captured, and how many rows a request at most.
-_FINEST, _ROWS_EACH = 256, 8
+#: With trees of varying size, every eighth number of rows is captured up to this one.
+_FINEST = 256
+#: Above it every 64th, up to so many rows a request. Then, up to twice that, every 256th: more seldom pays, and what
+#: pays there is a small target's step, which the host's launches would dominate without a graph.
+_ROWS_EACH = 8
 
 
 def install(config: ModuleType) -> None:
@@ -69,9 +72,11 @@ def _capture(compilation: CompilationConfig, sizes: set[int], compile_sizes: Any
 
 
 def varying_sizes(scheduler: SchedulerConfig) -> set[int]:
-    """Rows of steps that verify any number of nodes: up to eight rows a request, of which more seldom pay."""
-    most = min(scheduler.max_num_batched_tokens, max(_FINEST, _ROWS_EACH * scheduler.max_num_seqs))
-    return set(range(8, min(most, _FINEST) + 1, 8)) | set(range(_FINEST, most + 1, 64))
+    """Rows of steps that verify any number of nodes."""
+    limit = scheduler.max_num_batched_tokens
+    most = min(limit, max(_FINEST, _ROWS_EACH * scheduler.max_num_seqs))
+    fine = set(range(8, min(most, _FINEST) + 1, 8)) | set(range(_FINEST, most + 1, 64))
+    return fine | set(range(most, min(limit, 2 * most) + 1, 256))
 
 
 def request_counts(max_num_seqs: int) -> list[int]:

@@ -52,4 +52,6 @@ def _kind(argument: Any) -> tuple[Any, ...]:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    raise TypeError(f"{type(argument).__name__}: only tensors and whole numbers are told apart")
+    if type(argument) is float:  # never built into a variant
+        return (float,)
+    raise TypeError(f"{type(argument).__name__}: only tensors and numbers are told apart")

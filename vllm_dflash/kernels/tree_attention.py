@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_dflash.kernels.repeated_launch import RepeatedLaunch
 from vllm_dflash.tree import WORD_BITS
 
 
@@ -156,6 +157,7 @@ def attend(
     return new_top, total, sums
 
 
+@RepeatedLaunch
 @triton.jit
 def _merge_tree_attention_kernel(
     out_ptr,  # [T, heads, D]

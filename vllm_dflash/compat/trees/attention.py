@@ -73,7 +73,6 @@ def add_trees(
     prefix_lse: torch.Tensor,  # [heads, T] fp32
 ) -> None:
     """The trees' part of their rows' attention. Other rows are not touched."""
-    rows, num_reqs = step.rows, step.num_reqs
     merge_tree_attention(
         output.view(len(output), impl.num_heads, -1),
         prefix_lse,
@@ -81,9 +80,7 @@ def add_trees(
         key,
         value,
         trees.trees.words,
-        rows.state_rows[:num_reqs],
-        rows.first_rows[:num_reqs],
-        rows.num_rows[:num_reqs],
+        *step.of_verifying,
         impl.scale,
         step.max_rows,
     )

@@ -29,6 +29,7 @@ class FlashTreeAttention(FlashAttentionImpl):
     """vLLM's FlashAttention layer with a mask for each request."""
 
     trees: TreeStore
+    _cache_halves: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # a cache, its keys, its values
 
     @staticmethod
     def obstacles(impl: FlashAttentionImpl, num_depths: int) -> dict[str, bool]:
@@ -65,7 +66,7 @@ class FlashTreeAttention(FlashAttentionImpl):
         else:
             self._verify_in_windows(*verified)
         if num_rows < attn_metadata.num_actual_tokens:
-            rest = step.of_others(attn_metadata, _of_others)
+            rest = step.once(attn_metadata, _of_others)
             others = (states[num_rows:] for states in (query, key, value))
             super().forward(layer, *others, kv_cache, rest, output[num_rows:])
         return output
@@ -81,21 +82,20 @@ class FlashTreeAttention(FlashAttentionImpl):
         output: torch.Tensor,  # [verified rows, heads, D], written
     ) -> None:
         """The prefixes' part and the trees'."""
-        # [blocks, block size, K/V heads, D] each, as FlashAttention has it.
-        caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        keys, values = (canonicalize_singleton_dim_strides(cache) for cache in caches)
+        keys, values = self._halves_of(kv_cache)
+        starts, prefix_lens, block_table = step.once(attn_metadata, _of_verifying)
         _, lse = flash_attn_varlen_func(
             q=query,
             k=keys,
             v=values,
             out=output,
-            cu_seqlens_q=attn_metadata.query_start_loc[: step.num_reqs + 1],
+            cu_seqlens_q=starts,
             max_seqlen_q=min(attn_metadata.max_query_len, 1 + self.trees.shape.num_nodes),  # a prompt may be longer
-            seqused_k=step.rows.prefix_lens[: step.num_reqs],
+            seqused_k=prefix_lens,
             max_seqlen_k=attn_metadata.max_seq_len,
             softmax_scale=self.scale,
             causal=False,
-            block_table=attn_metadata.block_table[: step.num_reqs],
+            block_table=block_table,
             scheduler_metadata=attn_metadata.scheduler_metadata if step.is_whole else None,
             num_splits=attn_metadata.max_num_splits,
             fa_version=self.vllm_flash_attn_version,
@@ -103,6 +103,18 @@ class FlashTreeAttention(FlashAttentionImpl):
             return_softmax_lse=True,
         )
         add_trees(self, self.trees, step, query, key, value, output, lse)
+
+    def _halves_of(
+        self,
+        kv_cache: torch.Tensor,  # [blocks, K/V heads, block size, 2*D]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [blocks, block size, K/V heads, D] each, as FlashAttention has them. Views of the cache,
+        which stays the same from step to step."""
+        if self._cache_halves is None or self._cache_halves[0] is not kv_cache:
+            halves = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            keys, values = (canonicalize_singleton_dim_strides(half) for half in halves)
+            self._cache_halves = kv_cache, keys, values
+        return self._cache_halves[1:]
 
     def _verify_in_windows(
         self,
@@ -130,6 +142,16 @@ class FlashTreeAttention(FlashAttentionImpl):
             self.sinks,
             step.max_rows,
         )
+
+
+def _of_verifying(step: TreeStep, metadata: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query starts, prefix lengths and block tables of the requests with candidates."""
+    num_reqs = step.num_reqs
+    return (
+        metadata.query_start_loc[: num_reqs + 1],
+        step.rows.prefix_lens[:num_reqs],
+        metadata.block_table[:num_reqs],
+    )
 
 
 def _of_others(step: TreeStep, metadata: Any) -> Any:

@@ -57,6 +57,7 @@ class TreeBudget:
         # Of the step under way: nodes of all requests that were planned and that are verified; each request's rows,
         # and of these its planned nodes; bounds of their logits, if all is verified.
         self._num_planned = self._chosen = 0
+        self._largest_graph = 0  # rows; 0: there are no graphs
         self._planned: np.ndarray = np.zeros(0, dtype=np.int32)
         self._scheduled: np.ndarray = np.zeros(0, dtype=np.int32)
         self._planned_logits: np.ndarray = np.zeros(1, dtype=np.int32)
@@ -89,6 +90,7 @@ class TreeBudget:
 
     def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
         """Arguments of the made-up steps that the runner times."""
+        self._largest_graph = max(capture_sizes, default=0)
         return self._profile.batches(capture_sizes)
 
     def set_initial_cost_curves(self, samples: Sequence[Any]) -> None:
@@ -124,7 +126,7 @@ class TreeBudget:
         state_rows: np.ndarray = np.array([states.req_id_to_index[req_id] for req_id in num_tokens_per_req])
         computed = states.num_computed_tokens_np[state_rows]
         context, known = float(computed.sum()), self._likelihoods.of(state_rows)
-        room = max(0, self._max_total_logits - num_reqs)
+        room = self._room(num_reqs, num_others)
         # What is drafted now is verified when all of these requests have trees.
         all_nodes = _descending(known[:, : most or self.num_nodes], room)
         choice = later = choose(all_nodes, num_reqs, num_reqs, num_reqs, context, costs)
@@ -143,6 +145,11 @@ class TreeBudget:
             self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
             self._log.note(num_reqs, self._chosen, later, self.drafts)
         return num_rows
+
+    def _room(self, num_reqs: int, num_others: int) -> int:
+        """Nodes at most. They alone never take a step out of the graphs: launches would cost the host more."""
+        room = max(0, self._max_total_logits - num_reqs)
+        return min(room, self._largest_graph - num_others) if num_others <= self._largest_graph else room
 
     def _settle(self, num_reqs: int, context: float, costs: StepCosts) -> None:
         """Verify all nodes, of this step and the next ones, if they cost nothing."""

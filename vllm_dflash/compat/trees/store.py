@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trees that requests are to verify, by row of the runner's state: drafted in one step, read in the next.
 
-Letters: S rows of the state, D depths.
+Letters: S rows of the state, D depths, R requests that verify.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -17,6 +18,8 @@ from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.kernels.calibrate import Observations
 from vllm_dflash.kernels.tree_build import TreeBuffers
 from vllm_dflash.kernels.tree_rows import VerifiedRows, write_verified_rows
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,21 @@ class TreeStep:
     num_rows: int  # of these requests
     max_rows: int  # of one of them
     is_whole: bool  # in a graph: every request of the batch, and metadata of its own
-    _others: dict[int, Any] = field(default_factory=dict)
+    _made: dict[tuple[int, Any], Any] = field(default_factory=dict)
 
-    def of_others(self, metadata: Any, make: Callable[[TreeStep, Any], Any]) -> Any:
-        """Metadata of the requests behind those, made once for all layers that share the batch's."""
-        if id(metadata) not in self._others:
-            self._others[id(metadata)] = make(self, metadata)
-        return self._others[id(metadata)]
+    def once(self, metadata: Any, make: Callable[[TreeStep, Any], Made]) -> Made:
+        """What a layer makes of the batch's metadata, made once for all layers that share it."""
+        key = (id(metadata), make)
+        if key not in self._made:
+            self._made[key] = make(self, metadata)
+        made: Made = self._made[key]
+        return made
+
+    @cached_property
+    def of_verifying(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The verifying requests' rows of the state, first rows and numbers of rows, [R] each."""
+        rows = self.rows
+        return rows.state_rows[: self.num_reqs], rows.first_rows[: self.num_reqs], rows.num_rows[: self.num_reqs]
 
 
 class TreeStore:
