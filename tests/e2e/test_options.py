@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.e2e.engines import DRAFTER, PAIR, TARGET, Run, dflash, held_out_prompts, run_engine
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.reduced_vocabulary import take_rows
-from vllm_dflash.training.train import save_drafter
+from vllm_dflash.training.saving import save_drafter
 
 pytestmark = pytest.mark.engine
 

@@ -49,7 +49,7 @@ from vllm_dflash.training.responding import (
 from vllm_dflash.training.response_store import ResponseStore
 from vllm_dflash.training.responses import Response
 from vllm_dflash.training.run_state import drop_checkpoints, finished, latest_checkpoint
-from vllm_dflash.training.train import save_drafter
+from vllm_dflash.training.saving import save_drafter
 
 logger = logging.getLogger(__name__)
 _MIN_TOKENS = 2  # of a response: an anchor and one token to predict

@@ -8,8 +8,7 @@ Letters: B sequences, S padded length, F tapped layers, H hidden size.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from vllm_dflash.hf import TargetFeatures
 from vllm_dflash.training.responses import Response
-
-MIN_RESPONSE_TOKENS = 2  # an anchor and one token to predict
 
 
 @dataclass(frozen=True)
@@ -32,41 +29,6 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(self.token_ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
-
-
-def batches(
-    responses: Sequence[Response], buckets: Sequence[int], batch_tokens: int, rng: random.Random
-) -> Iterator[Batch]:
-    """Endless passes over the responses in new random batches of at most `batch_tokens` padded tokens.
-
-    Sequences are padded to the shortest of `buckets` that holds them and cut at the longest.
-    Raises ValueError when no response is long enough to train on.
-    """
-    usable = [response for response in responses if len(response.token_ids) >= MIN_RESPONSE_TOKENS]
-    usable = [r for r in usable if len(r.prompt_token_ids) + MIN_RESPONSE_TOKENS <= buckets[-1]]
-    if not usable:
-        raise ValueError(f"none of {len(responses)} responses has {MIN_RESPONSE_TOKENS} tokens within {buckets[-1]}")
-    while True:
-        yield from _one_pass(usable, buckets, batch_tokens, rng)
-
-
-def _one_pass(
-    responses: list[Response], buckets: Sequence[int], batch_tokens: int, rng: random.Random
-) -> Iterator[Batch]:
-    by_bucket: dict[int, list[Response]] = {bucket: [] for bucket in buckets}
-    for response in responses:
-        length = min(len(response.prompt_token_ids) + len(response.token_ids), buckets[-1])
-        by_bucket[min(bucket for bucket in buckets if bucket >= length)].append(response)
-    plan: list[tuple[int, list[Response]]] = []
-    for bucket, members in by_bucket.items():
-        rng.shuffle(members)
-        size = max(1, batch_tokens // bucket)
-        # Compiled code wants one shape a bucket: the last batch is filled up with sequences of earlier ones.
-        members += rng.choices(members, k=-len(members) % size) if members else []
-        plan += [(bucket, members[i : i + size]) for i in range(0, len(members), size)]
-    rng.shuffle(plan)
-    for bucket, members in plan:
-        yield collate(members, bucket)
 
 
 def collate(responses: Sequence[Response], padded_length: int) -> Batch:

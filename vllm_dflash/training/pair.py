@@ -3,8 +3,9 @@
 
     python -m vllm_dflash.training.pair --output DIR
 
-Stages: tokenizer, target, responses, drafter in two rounds, held-out prompts, acceptance. A stage whose output exists
-is skipped and an interrupted training goes on from its checkpoint, so the same command finishes what was begun.
+Stages: tokenizer, target, training prompts, drafter (by `vllm-dflash train`), held-out prompts, acceptance. A stage
+whose output exists is skipped and an interrupted training goes on from its checkpoint, so the same command finishes
+what was begun.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import logging
 import random
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.training.command import DrafterRun, TrainOptions
 from vllm_dflash.training.corpus import (
     Document,
     default_root,
@@ -33,8 +36,9 @@ from vllm_dflash.training.prompts import (
     read_prompts,
     training_prompts,
     write_prompts,
+    write_user_prompts,
 )
-from vllm_dflash.training.responses import ResponseSettings, read_responses, regenerate, write_responses
+from vllm_dflash.training.recipe import Recipe, read_recipe
 from vllm_dflash.training.target import TargetSettings, target_config, train_target
 from vllm_dflash.training.text_stream import token_stream
 from vllm_dflash.training.tokenizer import (
@@ -46,11 +50,18 @@ from vllm_dflash.training.tokenizer import (
     special_id,
     train_tokenizer,
 )
-from vllm_dflash.training.train import DrafterSettings, drafter_config, train_drafter
 
 logger = logging.getLogger(__name__)
 NUM_HELD_OUT_PROMPTS = 64
 LONGEST_TRAINING_PROMPT = 448  # tokens, of raw prompts: the drafter must know long contexts too
+
+
+#: The shipped drafter's. Short contexts and a small drafter: more of either than a demonstration needs.
+DRAFTER_RECIPE = {
+    "data": {"held_out": 32, "max_prompts": 6000, "max_new_tokens": 256, "max_length": 704, "sampled_share": 0.1},
+    "model": {"num_layers": 3, "target_layer_ids": (1, 3, 5, 6), "intermediate_size": 384, "mask_token": MASK},
+    "training": {"steps": 5800, "batch_tokens": 4096, "tokens_per_anchor": 8, "learning_rate": 2e-3},
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,7 @@ class PairSettings:
     """Settings of every stage."""
 
     target: TargetSettings = field(default_factory=TargetSettings)
-    responses: ResponseSettings = field(default_factory=ResponseSettings)
-    drafter: DrafterSettings = field(default_factory=DrafterSettings)
-    second_round: DrafterSettings = DrafterSettings(
-        steps=4200, learning_rate=1.5e-3, tokens_per_anchor=12, seed=5, greedy_only=True
-    )
+    drafter: Recipe = field(default_factory=lambda: Recipe.model_validate(DRAFTER_RECIPE))
     seed: int = 0  # of the choice of prompts
 
 
@@ -72,20 +79,19 @@ class PairRecipe:
     def __init__(self, corpus: Path, output: Path, settings: PairSettings) -> None:
         self.settings = settings
         self.target_dir, self.drafter_dir = output / "target", output / "drafter"
-        self.responses_file = output / "work" / "responses.jsonl"
-        self.first_drafter_dir = output / "work" / "drafter"
+        self.training_prompts_file = output / "work" / "prompts.jsonl"
+        self.drafter_run_dir = output / "work" / "drafter"
         self.prompts_file = output / "heldout.jsonl"
         self.acceptance_file = output / "acceptance.json"
         self.documents: list[Document] = load_documents(corpus)
-        self.responses_file.parent.mkdir(parents=True, exist_ok=True)
+        self.training_prompts_file.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
         """All stages in order."""
         stages = (
             (self.make_tokenizer, self.target_dir / "tokenizer.json"),
             (self.make_target, self.target_dir / "model.safetensors"),
-            (self.make_responses, self.responses_file),
-            (self.make_first_drafter, self.first_drafter_dir / "model.safetensors"),
+            (self.make_training_prompts, self.training_prompts_file),
             (self.make_drafter, self.drafter_dir / "model.safetensors"),
             (self.make_prompts, self.prompts_file),
             (self.measure, self.acceptance_file),
@@ -107,24 +113,23 @@ class PairRecipe:
         config = target_config(tokenizer.get_vocab_size(), special_id(tokenizer, IM_END))
         train_target(stream, config, end_token_ids(tokenizer), settings, self.target_dir)
 
-    def make_responses(self) -> None:
+    def make_training_prompts(self) -> None:
         tokenizer, rng = load_tokenizer(self.target_dir), random.Random(self.settings.seed)
         prompts = training_prompts(training_documents(self.documents), tokenizer, LONGEST_TRAINING_PROMPT, rng)
-        ends = end_token_ids(tokenizer)
-        responses = regenerate(self._target(torch.bfloat16), prompts, ends, self.settings.responses)
-        write_responses(responses, self.responses_file)
-
-    def make_first_drafter(self) -> None:
-        self._train_drafter(self.settings.drafter, self.first_drafter_dir, None)
+        write_user_prompts(rng.sample(prompts, len(prompts)), self.training_prompts_file)
 
     def make_drafter(self) -> None:
-        first = DFlashDraftModel.from_pretrained(str(self.first_drafter_dir), dtype=torch.float32)
-        self._train_drafter(self.settings.second_round, self.drafter_dir, first)
-
-    def _train_drafter(self, settings: DrafterSettings, output: Path, initial: DFlashDraftModel | None) -> None:
-        target = self._target(torch.bfloat16)
-        config = drafter_config(target.config, special_id(load_tokenizer(self.target_dir), MASK), settings)
-        train_drafter(target, read_responses(self.responses_file), config, settings, output, initial)
+        """By `vllm-dflash train`, whose own files stay behind in work/."""
+        options = TrainOptions(
+            target=str(self.target_dir),
+            prompts=(str(self.training_prompts_file),),
+            output=self.drafter_run_dir,
+            recipe=self.settings.drafter,
+        )
+        DrafterRun(options).run()
+        self.drafter_dir.mkdir(exist_ok=True)
+        for name in ("config.json", "README.md", "model.safetensors"):
+            shutil.copy(self.drafter_run_dir / name, self.drafter_dir / name)
 
     def make_prompts(self) -> None:
         tokenizer = load_tokenizer(self.target_dir)
@@ -152,23 +157,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the pair; an unfinished one is finished")
     parser.add_argument("--corpus", type=Path, default=default_root(), help="folder of .py files")
     parser.add_argument("--target-tokens", type=_positive, default=defaults.target.tokens)
-    parser.add_argument("--response-tokens", type=_positive, default=defaults.responses.tokens)
-    parser.add_argument("--drafter-steps", type=_positive, default=defaults.drafter.steps)
-    parser.add_argument("--second-round-steps", type=_positive, default=defaults.second_round.steps)
-    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C++ compiler)")
+    parser.add_argument("--drafter-config", type=Path, help="recipe of the drafter; default: the shipped one's")
+    parser.add_argument("--no-compile", action="store_true", help="train the target without torch.compile")
     arguments = parser.parse_args(argv)
     if not arguments.corpus.is_dir():
         parser.error(f"--corpus {arguments.corpus}: no such folder")
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"--output {arguments.output}: is a file, a folder is needed")
+    try:
+        recipe = None if arguments.drafter_config is None else read_recipe(arguments.drafter_config)
+    except ValueError as error:
+        parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    compiled = not arguments.no_compile
-    settings = PairSettings(
-        target=replace(defaults.target, tokens=arguments.target_tokens, compile=compiled),
-        responses=replace(defaults.responses, tokens=arguments.response_tokens),
-        drafter=replace(defaults.drafter, steps=arguments.drafter_steps, compile=compiled),
-        second_round=replace(defaults.second_round, steps=arguments.second_round_steps, compile=compiled),
-    )
+    target = replace(defaults.target, tokens=arguments.target_tokens, compile=not arguments.no_compile)
+    settings = PairSettings(target, recipe or defaults.drafter)
     PairRecipe(arguments.corpus, arguments.output, settings).run()
 
 

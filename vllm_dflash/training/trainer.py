@@ -30,8 +30,8 @@ from vllm_dflash.training.recipe import Recipe
 from vllm_dflash.training.reduced_vocabulary import draft_labels
 from vllm_dflash.training.responses import Response
 from vllm_dflash.training.run_state import RunState, latest_checkpoint, save_checkpoint
+from vllm_dflash.training.saving import save_drafter
 from vllm_dflash.training.schedule import cosine_with_warmup
-from vllm_dflash.training.train import save_drafter
 
 logger = logging.getLogger(__name__)
 #: Batches come in many shapes. Of those, torch 2.11's analysis of how to tile a kernel fails in RMSNorm.

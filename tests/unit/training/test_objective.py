@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from vllm_dflash.training.loss import block_loss
 from vllm_dflash.training.objective import (
     Objective,
     confidence_weights,
     kl_divergences,
     objective_loss,
     objective_sums,
+    position_weights,
     target_rows,
 )
 
@@ -57,10 +57,17 @@ def stated(logits, labels, objective, target=None):
     return total, divisor
 
 
-def test_decay_is_the_block_loss():
-    logits, _, labels = random_blocks()
-    for gamma in (1.0, 7.0):
-        assert torch.equal(objective_loss(logits, labels, Objective("decay", gamma)), block_loss(logits, labels, gamma))
+def test_weights_decay_from_one():
+    # exp(0), exp(-1/7), exp(-2/7)
+    assert position_weights(3, gamma=7.0).tolist() == pytest.approx([1.0, 0.866878, 0.751477], abs=1e-6)
+
+
+def test_decay_is_a_weighted_mean():
+    """p(label) = 1/2, 1/4 and, in an ignored row, whatever: (1 * ln 2 + e^-1 * ln 4) / (1 + e^-1) with gamma 1."""
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)], [5.0, -5.0]])
+    labels = torch.tensor([0, 0, IGNORED])
+    # (0.693147 + 0.367879 * 1.386294) / 1.367879 = 0.879561
+    assert objective_loss(logits, labels, Objective("decay", 1.0)).item() == pytest.approx(0.879561, abs=1e-5)
 
 
 def test_weights_of_two_rows():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_training import counting_responses, tiny_target
+from tiny_training import counting_responses, plain_loss, tiny_target
 from trainer_child import MASK_ID, RECIPE, made_trainer
 
 from vllm_dflash.hf import DFlashDraftModel
@@ -20,7 +20,6 @@ from vllm_dflash.training.blocks import DraftedBlocks
 from vllm_dflash.training.data import collate
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.feature_writing import write_cache
-from vllm_dflash.training.loss import block_loss
 from vllm_dflash.training.recipe import Recipe
 
 CHILD = Path(__file__).with_name("trainer_child.py")
@@ -56,7 +55,7 @@ def test_the_loss_is_that_of_all_rows_at_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("vllm_dflash.training.trainer._LOGITS_BYTES", 7 * 32 * 4)  # several pieces
     loss = trainer._loss(1, 0)
     logits = tiny_target().lm_head(seen["blocks"].hidden)
-    assert loss.item() == pytest.approx(block_loss(logits, seen["blocks"].labels, 4.0).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(plain_loss(logits, seen["blocks"].labels, 4.0), rel=1e-5)
 
 
 def test_the_target_s_distribution_is_met_at_the_rows_that_predict(tmp_path: Path) -> None:

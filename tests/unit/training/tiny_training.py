@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A random target of a few thousand weights, and responses with an obvious pattern, for tests of the training."""
 
+import math
+
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -33,3 +35,15 @@ def counting_responses(count: int) -> list[Response]:
     """Tokens that count up from a different start each: 5 6 7 ... 31 4 5 ..."""
     sequences = [[4 + (start + i) % 28 for i in range(40)] for start in range(count)]
     return [Response(sequence[:8], sequence[8:], 0.0) for sequence in sequences]
+
+
+def plain_loss(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> float:
+    """Cross-entropy of the rows that have a label, in a loop: the mean by weights exp(-(k-1)/gamma), row by row."""
+    total = weights = 0.0
+    for block, names in zip(logits.flatten(0, -3), labels.flatten(0, -2).tolist(), strict=True):
+        for k, name in enumerate(names):
+            if name >= 0:
+                weight = math.exp(-k / gamma)
+                total -= weight * block[k].double().log_softmax(-1)[name].item()
+                weights += weight
+    return total / weights
