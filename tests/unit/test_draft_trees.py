@@ -34,10 +34,22 @@ def store(rows: int = 4, kept_at: int = 2) -> TreeStore:
 
 
 def test_a_row_taken_over_holds_no_tree() -> None:
-    trees = store(kept_at=2)
-    trees.begin(2, as_chain=True)
-    assert not trees.trees.is_node[2].any() and trees.trees.is_node[3].all()
+    trees = store(kept_at=1)
+    for table in (trees.trees.depths, trees.trees.probs, trees.seen.num_said):
+        table.fill_(7)
+    trees.begin(2, as_chain=False)
+    trees.begin(2, as_chain=True)  # the request before ended at once
+    trees.begin(1, as_chain=False)
+    trees.forget_earlier_owners()
+    kept = [trees.trees.is_node[row].any().item() for row in range(4)]
+    assert kept == [False, False, False, True]
+    assert [trees.trees.depths[row].unique().tolist() for row in range(4)] == [[7], [1], [1], [7]]
+    assert [trees.trees.probs[row].unique().tolist() for row in range(4)] == [[7], [0], [0], [7]]
+    assert [trees.seen.num_said[row].unique().tolist() for row in range(4)] == [[7], [0], [0], [7]]
     assert trees.as_chain.tolist() == [False, False, True, False]
+    trees.trees.is_node[1:3] = True
+    trees.forget_earlier_owners()
+    assert trees.trees.is_node[1:].all(), "once"
 
 
 def batch(num_scheduled: list[int], num_drafts: list[int], num_draft_tokens: int | None = None) -> Any:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dflash.compat.ownership import TreeShape
@@ -59,18 +60,29 @@ class TreeStore:
         self.way = torch.zeros(max_num_reqs, shape.num_depths, dtype=torch.int32, device=device)
         self.as_chain = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)  # [S]
         self.seen = Observations.allocate(max_num_reqs, shape.num_depths, shape.num_choices, device)
+        self._new: dict[int, bool] = {}  # rows that requests have taken since the last step: is it a chain's?
         self.step: TreeStep | None = None  # None: no request verifies anything
 
     def begin(self, state_index: int, as_chain: bool) -> None:
-        """A request takes this row. What its earlier owner drafted is not its own."""
-        self.trees.is_node[state_index] = False
-        self.trees.depths[state_index] = 1
-        self.trees.probs[state_index] = 0.0
-        self.seen.num_said[state_index] = 0
-        self.as_chain[state_index] = as_chain
+        """A request takes this row, from the next step on."""
+        self._new[state_index] = as_chain
+
+    def forget_earlier_owners(self) -> None:
+        """What they drafted is not the new requests' own. One launch a table, however many requests came."""
+        if not self._new:
+            return
+        new = async_tensor_h2d([*self._new.items()], dtype=torch.int64, device=self.as_chain.device)  # [new, 2]
+        rows = new[:, 0]
+        self.trees.is_node.index_fill_(0, rows, False)
+        self.trees.depths.index_fill_(0, rows, 1)
+        self.trees.probs.index_fill_(0, rows, 0.0)
+        self.seen.num_said.index_fill_(0, rows, 0)
+        self.as_chain[rows] = new[:, 1] != 0
+        self._new.clear()
 
     def begin_step(self, batch: InputBatch, is_whole: bool, is_capture: bool) -> None:
         """Say what the next forward verifies, and where its rows stand."""
+        self.forget_earlier_owners()
         write_verified_rows(
             self.rows,
             batch.positions,
