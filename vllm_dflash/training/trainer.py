@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ class DrafterTrainer:
             # The other ranks wait while the first one measures.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
+        _check_ranks(self.accelerator.num_processes)
         self.recipe, self.output, self.sequences = recipe, output, sequences
         self.evaluate, self.read_features = evaluate, read_features
         self.target = target.eval().requires_grad_(False).to(self.accelerator.device)
@@ -245,3 +247,13 @@ def _logged(found: Acceptance) -> dict[str, float]:
     """For TensorBoard. Position k: in which share of the drafts the first k tokens were accepted, as on the card."""
     by_position = {f"acceptance/position_{k}": share for k, share in enumerate(found.per_position, start=1)}
     return {"acceptance_length": found.length} | by_position
+
+
+def _check_ranks(num_processes: int) -> None:
+    """Raises ValueError where ranks do not know of each other: each would train, and write, the same drafter."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != launched:
+        raise ValueError(
+            f"WORLD_SIZE is {launched}, and accelerate has joined {num_processes} of these processes: its launch "
+            "configuration does not fit this machine (FSDP, for one, needs GPUs)"
+        )

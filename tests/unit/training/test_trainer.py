@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -145,6 +146,22 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(tmp_path: Path) -> Non
     cut = weights(tmp_path / "cut")
     for name, weight in weights(tmp_path / "whole").items():
         assert torch.equal(weight, cut[name]), f"{name}, killed in step {at}"
+
+
+def test_two_ranks_train_as_one_that_accumulates_their_batches(tmp_path: Path) -> None:
+    made_trainer(tmp_path / "one").run()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, str(CHILD), str(tmp_path / "two"), "1"], check=True, timeout=200, env=environment)
+    two = weights(tmp_path / "two")
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(two[name], weight, rtol=0.01, atol=1e-5)  # as saved, in bf16
+
+
+def test_ranks_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, and accelerate has joined 1"):
+        made_trainer(tmp_path)
 
 
 def test_epochs_give_the_steps(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny training, as a process that can be killed: `python trainer_child.py OUTPUT`. Says each step on its stdout."""
+"""A tiny training, as a process that can be killed: `python trainer_child.py OUTPUT`. Says each step on its stdout.
+
+A second argument is the number of batches that each rank accumulates in a step.
+"""
 
 import sys
 from pathlib import Path
@@ -50,7 +53,9 @@ def made_trainer(
 
 
 if __name__ == "__main__":
-    made = made_trainer(Path(sys.argv[1]))
+    accumulation = {"accumulation": int(sys.argv[2])} if len(sys.argv) > 2 else {}
+    training = RECIPE.training.model_copy(update=accumulation)
+    made = made_trainer(Path(sys.argv[1]), RECIPE.model_copy(update={"training": training}))
     train_step = made._train_step
 
     def told(step):
