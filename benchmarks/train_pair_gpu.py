@@ -110,7 +110,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--response-tokens", type=int, default=256 if cuda else 64, help="longest response")
     parser.add_argument("--target-lr", type=float, default=1.5e-3)
     parser.add_argument("--drafter-lr", type=float, default=1e-3)
-    parser.add_argument("--compile", action="store_true", help="compile the layers: faster steps, a slower start")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the target's layers: faster steps, a slower start"
+    )
     parser.add_argument("--evaluate", type=int, default=16, help="held-out prompts to measure acceptance on")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     args = parser.parse_args()

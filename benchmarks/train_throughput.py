@@ -7,7 +7,7 @@ Tokens are those of prompts and responses, without padding. The share of the car
 multiplications that the training needs: the target's forward (none where features came from a cache), the drafter's
 forward and backward, the frozen LM head's for the drafted rows; what is computed twice to save memory counts once. The
 card's own speed is measured beside it, by multiplying large matrices. Reports of the first --skip x 10 seconds,
-in which kernels are compiled, are left out. The last line is JSON.
+in which kernels are compiled, are left out. For a training on one card. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.compat.trees.attention_cpu import visible_slots
 from vllm_dflash.compat.trees.model_state import TreeModelState, depends_on_path
 from vllm_dflash.compat.trees.sampler import TreeSampler
-from vllm_dflash.compat.trees.store import TreeStore, verifying
+from vllm_dflash.compat.trees.store import TreeStep, TreeStore, verifying
 
 CPU = torch.device("cpu")
 SHAPE = TreeShape(num_nodes=5, num_depths=3, num_choices=5)
@@ -50,6 +50,25 @@ def test_a_row_taken_over_holds_no_tree() -> None:
     trees.trees.is_node[1:3] = True
     trees.forget_earlier_owners()
     assert trees.trees.is_node[1:].all(), "once"
+
+
+def test_what_layers_share_is_made_once_a_step() -> None:
+    step, calls = TreeStep(store().rows, 2, 6, 4, is_whole=False), []
+
+    def first(given: TreeStep, metadata: str) -> str:
+        calls.append(metadata)
+        return f"first of {metadata}"
+
+    full, windowed = "full", "windowed"
+    made = [
+        step.once(full, first),
+        step.once(windowed, first),
+        step.once(full, lambda *_: "second"),
+        step.once(full, first),
+    ]
+    assert made == ["first of full", "first of windowed", "second", "first of full"]
+    assert calls == [full, windowed]
+    assert [len(part) for part in step.of_verifying] == [2, 2, 2]
 
 
 def batch(num_scheduled: list[int], num_drafts: list[int], num_draft_tokens: int | None = None) -> Any:

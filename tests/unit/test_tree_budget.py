@@ -90,7 +90,27 @@ def test_no_step_leaves_the_graphs_for_its_trees(one_rank: None) -> None:
     step(budget, {"a": 0, "b": 0})
     assert step(budget, {"a": 4, "b": 4}) == 5
     assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 4}) == 2
+    assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 6}) == 0
+    assert budget.drafts, "the next step's rows may be few"
     assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 7}) == 4  # a prompt has left them already
+
+
+def test_room_for_logits(one_rank: None) -> None:
+    """Of a row each, and three more; with graphs of twenty rows."""
+    budget = made_budget([1.0] * 20)
+    budget._profile, budget._max_total_logits = CostProfile(None, torch.float32, 20, 2, 9999), 5
+    list(budget.batches_to_profile([20]))
+    step(budget, {"a": 0, "b": 0})
+    assert step(budget, {"a": 4, "b": 4}) == 3
+
+
+def test_what_the_host_hides_stays_in_the_graphs(one_rank: None) -> None:
+    budget = made_budget([1.0] * 20)
+    budget._profile = CostProfile(None, torch.float32, 20, 2, 9999)
+    list(budget.batches_to_profile([7]))
+    step(budget, {"a": 0, "b": 0})
+    budget._costs_in_force = budget.costs and budget.costs.with_overheads((0.0, 0.0), (99.0, 99.0))
+    assert [step(budget, {"a": 4, "b": 4}) for _ in range(3)] == [5] * 3
 
 
 def test_what_the_host_takes_for_the_rows(one_rank: None) -> None:

@@ -25,8 +25,9 @@ _FINENESS = 16
 #: With trees of varying size, every eighth number of rows is captured up to this one.
 _FINEST = 256
 #: Above it every 64th, up to so many rows a request. Then, up to twice that, every 256th: more seldom pays, and what
-#: pays there is a small target's step, which the host's launches would dominate without a graph.
-_ROWS_EACH = 8
+#: pays there is a small target's step, which the host's launches would dominate without a graph. Not beyond so many
+#: rows, which keep any target's GPU busy.
+_ROWS_EACH, _COARSEST = 8, 4096
 
 
 def install(config: ModuleType) -> None:
@@ -76,7 +77,7 @@ def varying_sizes(scheduler: SchedulerConfig) -> set[int]:
     limit = scheduler.max_num_batched_tokens
     most = min(limit, max(_FINEST, _ROWS_EACH * scheduler.max_num_seqs))
     fine = set(range(8, min(most, _FINEST) + 1, 8)) | set(range(_FINEST, most + 1, 64))
-    return fine | set(range(most, min(limit, 2 * most) + 1, 256))
+    return fine | set(range(most, min(limit, 2 * most, _COARSEST) + 1, 256))
 
 
 def request_counts(max_num_seqs: int) -> list[int]:

@@ -17,8 +17,8 @@ class PlannedBatch:
 
 
 class BatchPlan:
-    """All epochs' batches. Each holds sequences of about one length; which ones they are changes from epoch to epoch,
-    the batches' shapes do not.
+    """All epochs' batches. Each holds sequences of neighbouring lengths; which ones they are changes from epoch to
+    epoch, the batches' shapes do not.
     """
 
     def __init__(self, lengths: Sequence[int], max_length: int, batch_tokens: int, seed: int) -> None:

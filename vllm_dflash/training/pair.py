@@ -56,7 +56,7 @@ NUM_HELD_OUT_PROMPTS = 64
 LONGEST_TRAINING_PROMPT = 448  # tokens, of raw prompts: the drafter must know long contexts too
 
 
-#: The shipped drafter's. Short contexts and a small drafter: more of either than a demonstration needs.
+#: For a target of this size: a small drafter, short contexts.
 DRAFTER_RECIPE = {
     "data": {"held_out": 32, "max_prompts": 6000, "max_new_tokens": 256, "max_length": 704, "sampled_share": 0.1},
     "model": {"num_layers": 3, "target_layer_ids": (1, 3, 5, 6), "intermediate_size": 384, "mask_token": MASK},
@@ -128,8 +128,10 @@ class PairRecipe:
         )
         DrafterRun(options).run()
         self.drafter_dir.mkdir(exist_ok=True)
-        for name in ("config.json", "README.md", "model.safetensors"):
+        for name in ("config.json", "README.md"):
             shutil.copy(self.drafter_run_dir / name, self.drafter_dir / name)
+        # In one move, and last: it is what says that this stage is done.
+        (self.drafter_run_dir / "model.safetensors").rename(self.drafter_dir / "model.safetensors")
 
     def make_prompts(self) -> None:
         tokenizer = load_tokenizer(self.target_dir)
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the pair; an unfinished one is finished")
     parser.add_argument("--corpus", type=Path, default=default_root(), help="folder of .py files")
     parser.add_argument("--target-tokens", type=_positive, default=defaults.target.tokens)
-    parser.add_argument("--drafter-config", type=Path, help="recipe of the drafter; default: the shipped one's")
+    parser.add_argument("--drafter-config", type=Path, help="recipe of the drafter; default: one for this target")
     parser.add_argument("--no-compile", action="store_true", help="train the target without torch.compile")
     arguments = parser.parse_args(argv)
     if not arguments.corpus.is_dir():
@@ -165,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"--output {arguments.output}: is a file, a folder is needed")
     try:
-        recipe = None if arguments.drafter_config is None else read_recipe(arguments.drafter_config)
+        recipe = (
+            None if arguments.drafter_config is None else read_recipe(arguments.drafter_config, flag="--drafter-config")
+        )
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)

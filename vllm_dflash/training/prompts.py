@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from vllm_dflash.files import write_whole
 from vllm_dflash.training.corpus import Document, snippets
 from vllm_dflash.training.tokenizer import chat_text
 
@@ -87,11 +88,12 @@ def write_prompts(prompts: Iterable[Prompt], file: Path) -> None:
 
 def write_user_prompts(prompts: Iterable[Prompt], file: Path) -> None:
     """The same as a user has them, for `vllm-dflash train`: what is said in a chat, or plain text."""
-    with file.open("w", encoding="utf-8") as out:
-        for prompt in prompts:
-            said = {"messages": [{"role": "user", "content": prompt.text}]}
-            record = said if prompt.kind == CHAT else {"prompt": prompt.text}
-            out.write(json.dumps({"id": prompt.id} | record, ensure_ascii=False) + "\n")
+    lines = []
+    for prompt in prompts:
+        said = {"messages": [{"role": "user", "content": prompt.text}]}
+        record = said if prompt.kind == CHAT else {"prompt": prompt.text}
+        lines.append(json.dumps({"id": prompt.id} | record, ensure_ascii=False) + "\n")
+    write_whole(file, "".join(lines))
 
 
 def read_prompts(file: Path) -> list[Prompt]:

@@ -8,10 +8,10 @@ sequence, AdamW at 6e-4 with a warm-up of 4 %, six epochs, sequences of up to 30
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,6 +21,15 @@ class _Section(BaseModel):
     """Keys that are not known are errors: a misspelt one would leave its default in force."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `on` and `true` are 1 to pydantic."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted is not bool and bool not in get_args(wanted):
+            raise ValueError("yes or no is not a value of this key")
+        return value
 
 
 class DataRecipe(_Section):
@@ -111,12 +120,14 @@ class Recipe(_Section):
         return 7.0 if block_size > 10 else 5.0 if block_size > 8 else 4.0
 
 
-def read_recipe(file: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
+def read_recipe(
+    file: Path | None, overrides: dict[str, dict[str, Any]] | None = None, flag: str = "--config"
+) -> Recipe:
     """The recipe of a YAML file (None: all defaults), under settings given elsewhere, by section and key.
 
-    Raises ValueError naming the file, the key and the value that is wrong.
+    `flag`: by which the file was given. Raises ValueError naming the file, the key and the value that is wrong.
     """
-    raw = _parsed(file) if file is not None else {}
+    raw = _parsed(file, flag) if file is not None else {}
     for section, keys in (overrides or {}).items():
         given = raw.get(section) or {}
         raw[section] = given | keys if isinstance(given, dict) else given
@@ -127,17 +138,17 @@ def read_recipe(file: Path | None, overrides: dict[str, dict[str, Any]] | None =
         raise ValueError(f"{file or 'the recipe'}: {problems}") from error
 
 
-def _parsed(file: Path) -> dict[str, Any]:
+def _parsed(file: Path, flag: str) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {file}: cannot be read: {error.strerror}") from error
+        raise ValueError(f"{flag} {file}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file}: not YAML: {error}") from error
+        raise ValueError(f"{flag} {file}: not YAML: {error}") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ValueError(f"--config {file}: sections are needed ({', '.join(Recipe.model_fields)}), found {raw!r}")
+        raise ValueError(f"{flag} {file}: sections are needed ({', '.join(Recipe.model_fields)}), found {raw!r}")
     return raw
 
 

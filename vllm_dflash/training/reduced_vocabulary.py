@@ -40,11 +40,14 @@ def choose_vocabulary(responses: Iterable[Response], size: int, vocab_size: int,
     """`size` token ids, ascending: those that end a text, the commonest of the responses, then the lowest.
 
     Of equally common ones the lower id wins. Raises ValueError naming the recipe's key where the target has fewer
-    tokens, or where the end tokens are more.
+    tokens, where the end tokens are more, or where nothing of the responses could be drafted.
     """
     counts = _label_counts(responses)
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
-    return filled_vocabulary(size, vocab_size, end_ids, ranked, _KEY)
+    chosen = filled_vocabulary(size, vocab_size, end_ids, ranked, _KEY)
+    if counts and not any(counts[token] for token in chosen):
+        raise ValueError(f"{_KEY} = {size}: none of the responses' {len(counts)} tokens has a place in it")
+    return chosen
 
 
 def coverage(draft: DFlashDraftModel, responses: Iterable[Response]) -> Coverage | None:

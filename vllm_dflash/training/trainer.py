@@ -17,14 +17,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.batch_plan import BatchPlan
 from vllm_dflash.training.blocks import BlockShape, DraftedBlocks, draft_blocks
-from vllm_dflash.training.data import collate, target_states
+from vllm_dflash.training.data import collate, sent, target_states
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.objective import Objective, objective_sums, target_rows
 from vllm_dflash.training.recipe import Recipe
@@ -89,6 +89,8 @@ class DrafterTrainer:
         objective = recipe.objective
         self.objective = Objective(objective.kind, recipe.gamma(draft.block_size), objective.alpha, objective.kl_weight)
         if draft.lm_head is not None:  # frozen, as the target's is for a drafter without one
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                raise ValueError("an LM head of the drafter's own (model.draft_vocab_size) is not trained under FSDP")
             draft.lm_head.requires_grad_(False)
         optimizer = torch.optim.AdamW(
             draft.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=wants_gpu
@@ -174,7 +176,7 @@ class DrafterTrainer:
         self._seen.tokens += int(batch.lengths.sum())
         # All that the host needs to know of it is known by now: the device is never waited for.
         device = self.accelerator.device
-        batch, anchors, valid = batch.to(device), anchors.to(device), valid.to(device)
+        batch, anchors, valid = batch.to(device), sent(anchors, device), sent(valid, device)
         with self.accelerator.autocast():
             features, last = self._states(planned.indices, batch.token_ids)
             blocks = draft_blocks(self.draft, self.target, batch, features, anchors, valid, self.shape)
@@ -183,7 +185,7 @@ class DrafterTrainer:
     def _states(self, indices: Sequence[int], token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.read_features is None:
             return target_states(self.target, token_ids, self.layer_ids)
-        return self.read_features(indices, token_ids.shape[1]).to(token_ids.device), None
+        return sent(self.read_features(indices, token_ids.shape[1]), token_ids.device), None
 
     def _blocks_loss(
         self,

@@ -30,3 +30,10 @@ def test_rows_1_to_k_are_judged_and_the_anchor_row_is_not():
     assert seen["mask"].shape == (8, 1, 4 * blocks, 40 + 4 * blocks)
     mask_embedding = target.model.embed_tokens.weight[MASK_ID]
     assert torch.equal(seen["noise"].view(8, blocks, 4, -1)[:, :, 1:], mask_embedding.expand(8, blocks, 3, -1))
+
+
+def test_blocks_of_a_sequence():
+    batch, generator = collate(counting_responses(2), 40), torch.Generator().manual_seed(0)
+    for most, tokens, count in ((512, 5, 8), (3, 5, 3), (512, 100, 1)):
+        anchors, valid = BlockShape(4, MASK_ID, most, tokens).choose_anchors(batch, generator)
+        assert anchors.shape == valid.shape == (2, count)

@@ -23,7 +23,10 @@ from vllm_dflash.training.drafter_shape import new_drafter_config
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.recipe import ModelRecipe, read_recipe
 from vllm_dflash.training.reduced_vocabulary import Coverage
-from vllm_dflash.training.responding import Asked, generated
+from vllm_dflash.training.responding import Asked, ResponseJob, generated
+from vllm_dflash.training.response_store import ResponseStore
+from vllm_dflash.training.responses import Response
+from vllm_dflash.training.vllm_responses import run_job
 
 TARGET = str(SHIPPED_PAIR / "target")
 SETTINGS = {
@@ -147,6 +150,32 @@ def test_an_id_that_comes_again_is_another_prompt(tmp_path: Path, recipe: Path) 
     output = tmp_path / "drafter"
     run("train", "--target", TARGET, "--prompts", file, "--output", output, "--config", recipe, "--only-data")
     assert len((output / "work" / "responses.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_share_of_the_gpu_is_vllm_s_and_changes_no_run(
+    tmp_path: Path, prompts: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[ResponseJob] = []
+
+    def respond(store: ResponseStore, job: ResponseJob, log: Path) -> None:
+        jobs.append(job)
+        store.add({each.id: Response(list(each.prompt_token_ids), [5, 6, 7, 2], 0.0) for each in job.asked})
+
+    monkeypatch.setattr("vllm_dflash.training.command.uses_vllm", lambda data: True)
+    monkeypatch.setattr("vllm_dflash.training.command.respond_with_vllm", respond)
+    base = ["train", "--target", TARGET, "--prompts", prompts, "--output", tmp_path / "d", "--config", recipe]
+    run(*base, "--set", "data.gpu_memory_utilization=0.25")
+    assert [job.gpu_memory_utilization for job in jobs] == [0.25]
+    assert "nothing is left to do" in run(*base, "--set", "data.gpu_memory_utilization=0.5")
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, {"gpu_memory_utilization": 0.25}), (None, {})])
+def test_vllm_gets_the_share(share: float | None, expected: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = pytest.importorskip("vllm")
+    engines: list[dict[str, object]] = []
+    monkeypatch.setattr(vllm, "LLM", lambda **arguments: engines.append(arguments))
+    assert list(run_job(ResponseJob("target", (), (2,), 64, "float32", share))) == [None]
+    assert engines == [{"model": "target", "dtype": "float32", "max_model_len": 64} | expected]
 
 
 def test_what_was_too_large_can_be_made_smaller(tmp_path: Path, prompts: Path, recipe: Path) -> None:

@@ -40,7 +40,11 @@ def test_nothing_drafted_is_an_error():
         (evaluate.main, ["--target", "/no/t", "--drafter", "/no/d", "--prompts", "/no/p"], "--target /no/t: no config"),
         (pair.main, ["--output", "/no/o", "--corpus", "/no/c"], "--corpus /no/c: no such folder"),
         (pair.main, ["--output", __file__], "is a file, a folder is needed"),
-        (pair.main, ["--output", "/no/o", "--drafter-config", "/no/r.yaml"], "--config /no/r.yaml: cannot be read"),
+        (
+            pair.main,
+            ["--output", "/no/o", "--drafter-config", "/no/r.yaml"],
+            "--drafter-config /no/r.yaml: cannot be read",
+        ),
         (
             pair.main,
             ["--output", "/no/o", "--corpus", "/no/c", "--target-tokens", "-3"],

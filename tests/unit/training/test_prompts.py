@@ -5,8 +5,17 @@ import random
 
 import pytest
 
+from vllm_dflash.training import prompt_files
 from vllm_dflash.training.corpus import Document
-from vllm_dflash.training.prompts import chat_prompts, held_out_prompts, raw_prompts, read_prompts, write_prompts
+from vllm_dflash.training.prompts import (
+    Prompt,
+    chat_prompts,
+    held_out_prompts,
+    raw_prompts,
+    read_prompts,
+    write_prompts,
+    write_user_prompts,
+)
 from vllm_dflash.training.tokenizer import train_tokenizer
 
 FUNCTION = """def NAME_NUMBER(first, second):
@@ -72,3 +81,21 @@ def test_bad_record_names_file_and_line(tmp_path):
     (tmp_path / "p.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"p\.jsonl:1"):
         read_prompts(tmp_path / "p.jsonl")
+
+
+def test_user_prompts_are_those_of_the_training_command(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    write_user_prompts([Prompt("1", "chat", "def f():", [1], "a.py"), Prompt("2", "raw", "é = 1", [2], "a.py")], file)
+    chat, raw = prompt_files.read_prompts(str(file))
+    assert (chat.id, chat.messages) == ("1", ({"role": "user", "content": "def f():"},))
+    assert (raw.id, raw.messages, raw.text) == ("2", None, "é = 1")
+
+
+def test_a_cut_writing_leaves_no_file(tmp_path):
+    def prompts():
+        yield Prompt("1", "raw", "a", [1], "a.py")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_user_prompts(prompts(), tmp_path / "prompts.jsonl")
+    assert not (tmp_path / "prompts.jsonl").exists()

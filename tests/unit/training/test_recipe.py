@@ -50,6 +50,9 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("model: {block_size: 1}", r"model.block_size: .*found 1"),
         ("model: {target_layer_ids: [3, 1]}", r"model.target_layer_ids: rising numbers from 0 on .*\[3, 1\]"),
         ("model: {draft_vocab_size: 0}", r"model.draft_vocab_size: .*greater than 0, found 0"),
+        ("model: {draft_vocab_size: on}", r"model.draft_vocab_size: .*yes or no is not a value.* found True"),
+        ("data: {gpu_memory_utilization: yes}", r"data.gpu_memory_utilization: .*found True"),
+        ("data: {gpu_memory_utilization: 1.5}", r"data.gpu_memory_utilization: .*found 1.5"),
         ("model: {target_layer_ids: []}", r"model.target_layer_ids"),
         ("data: {temperatures: [1.0, 0.2]}", r"data.temperatures: two rising numbers .*\[1.0, 0.2\]"),
         ("data: {sampled_share: 1.5}", r"data.sampled_share: .*found 1.5"),
@@ -67,6 +70,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path, text)
     assert "recipe.yaml" in str(caught.value)
+
+
+def test_yes_and_no_are_values_of_switches(tmp_path: Path) -> None:
+    found = read(tmp_path, "data: {thinking: off}\ntraining: {compile: true}")
+    assert (found.data.thinking, found.training.compile) == (False, True)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

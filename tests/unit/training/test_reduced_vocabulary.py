@@ -62,6 +62,8 @@ def test_sizes_that_cannot_be() -> None:
         choose_vocabulary(RESPONSES, 13, 12, [2])
     with pytest.raises(ValueError, match=r"model.draft_vocab_size = 1 has no room for the target's 2 stop tokens"):
         choose_vocabulary(RESPONSES, 1, 12, [2, 3])
+    with pytest.raises(ValueError, match=r"model.draft_vocab_size = 2: none of the responses' 4 tokens has a place"):
+        choose_vocabulary(RESPONSES, 2, 12, [2, 3])
 
 
 def small_drafter(token_ids: list[int], target: nn.Module) -> DFlashDraftModel:
@@ -146,7 +148,7 @@ def test_the_loss_is_that_of_the_chosen_rows_alone(
         return type(trainer)._blocks_loss(trainer, blocks, last)
 
     monkeypatch.setattr(trainer, "_blocks_loss", kept)
-    monkeypatch.setattr("vllm_dflash.training.trainer._LOGITS_ROWS", 7)  # several pieces
+    monkeypatch.setattr("vllm_dflash.training.trainer._LOGITS_BYTES", 7 * 32 * 4)  # several pieces
     loss = trainer._loss(1, 0)
     with torch.no_grad():
         expected = plain_loss(*seen["all"], recipe)

@@ -174,6 +174,23 @@ def test_every_epoch_has_every_sequence_once(lengths: list[int], batch_tokens: i
         assert len(batch.indices) == 1 or len(batch.indices) * batch.padded_length <= batch_tokens
 
 
+def test_batches_are_filled_up_to_the_limit() -> None:
+    """Padded to 64, 64, 64, 104, 128 and 256, at most 256 tokens a batch: by hand."""
+    plan = BatchPlan([128, 10, 250, 64, 100, 64], 256, 256, seed=0)
+    batches = sorted((sorted(batch.indices), batch.padded_length) for batch in map(plan.batch, range(3)))
+    # Three of 64 leave no room for one of 104, since all four would be as long; 104 and 128 are padded to 128.
+    assert plan.epoch_size == 3
+    assert batches == [([0, 4], 128), ([1, 3, 5], 64), ([2], 256)]
+
+
+def test_an_epoch_mixes_sequences_of_one_length_and_its_batches() -> None:
+    plan = BatchPlan([10] * 8 + [100] * 8, 128, 208, seed=0)
+    epochs = [[plan.batch(epoch * plan.epoch_size + n) for n in range(plan.epoch_size)] for epoch in range(4)]
+    assert len({tuple(batch.padded_length for batch in epoch) for epoch in epochs}) > 1, "in another order"
+    of_ten = [sorted(batch.indices for batch in epoch if batch.padded_length == 64) for epoch in epochs]
+    assert any(first != other for first in of_ten for other in of_ten), "other sequences together"
+
+
 def test_epochs_differ_and_seeds_do() -> None:
     plans = [BatchPlan([10] * 50, 64, 640, seed) for seed in (0, 0, 1)]
     first = [[plan.batch(number) for number in range(5)] for plan in plans]

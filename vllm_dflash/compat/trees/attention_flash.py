@@ -29,7 +29,6 @@ class FlashTreeAttention(FlashAttentionImpl):
     """vLLM's FlashAttention layer with a mask for each request."""
 
     trees: TreeStore
-    _cache_halves: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # a cache, its keys, its values
 
     @staticmethod
     def obstacles(impl: FlashAttentionImpl, num_depths: int) -> dict[str, bool]:
@@ -82,7 +81,9 @@ class FlashTreeAttention(FlashAttentionImpl):
         output: torch.Tensor,  # [verified rows, heads, D], written
     ) -> None:
         """The prefixes' part and the trees'."""
-        keys, values = self._halves_of(kv_cache)
+        # [blocks, block size, K/V heads, D] each, as FlashAttention has it.
+        caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        keys, values = (canonicalize_singleton_dim_strides(cache) for cache in caches)
         starts, prefix_lens, block_table = step.once(attn_metadata, _of_verifying)
         _, lse = flash_attn_varlen_func(
             q=query,
@@ -103,18 +104,6 @@ class FlashTreeAttention(FlashAttentionImpl):
             return_softmax_lse=True,
         )
         add_trees(self, self.trees, step, query, key, value, output, lse)
-
-    def _halves_of(
-        self,
-        kv_cache: torch.Tensor,  # [blocks, K/V heads, block size, 2*D]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [blocks, block size, K/V heads, D] each, as FlashAttention has them. Views of the cache,
-        which stays the same from step to step."""
-        if self._cache_halves is None or self._cache_halves[0] is not kv_cache:
-            halves = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            keys, values = (canonicalize_singleton_dim_strides(half) for half in halves)
-            self._cache_halves = kv_cache, keys, values
-        return self._cache_halves[1:]
 
     def _verify_in_windows(
         self,

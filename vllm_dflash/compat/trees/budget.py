@@ -128,7 +128,7 @@ class TreeBudget:
         context, known = float(computed.sum()), self._likelihoods.of(state_rows)
         room = self._room(num_reqs, num_others)
         # What is drafted now is verified when all of these requests have trees.
-        all_nodes = _descending(known[:, : most or self.num_nodes], room)
+        all_nodes = _descending(known[:, : most or self.num_nodes], self._room(num_reqs, num_reqs))
         choice = later = choose(all_nodes, num_reqs, num_reqs, num_reqs, context, costs)
         is_even = most > 0 and self._num_planned == num_reqs * most and num_others == num_reqs
         if not is_even:  # prompts have no trees yet
