@@ -218,7 +218,7 @@ class DrafterRun:
     def _origin_of_responses(self, asked: Sequence[Asked]) -> dict[str, Any]:
         data = self.recipe.data
         return {
-            "target": self.options.target,
+            "target": _place(self.options.target),
             "prompts": hash_of([each.prompt_token_ids for each in asked]),
             "max_new_tokens": data.max_new_tokens,
             "max_length": data.max_length,
@@ -314,13 +314,18 @@ class DrafterRun:
             "training": {"checkpoint_every", "evaluate_every", "evaluate_tokens"},
         }
         return {
-            "target": self.options.target,
-            "init_from": self.options.init_from,
+            "target": _place(self.options.target),
+            "init_from": None if self.options.init_from is None else _place(self.options.init_from),
             "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
             "responses": hash_of([response.prompt_token_ids + response.token_ids for response in responses]),
             "mask_token_id": draft.mask_token_id,
             "recipe": self.recipe.model_dump(mode="json", exclude=of_no_weight),
         }
+
+
+def _place(model: str) -> str:
+    """A directory however it was written, or a hub id."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 @contextlib.contextmanager

@@ -144,6 +144,15 @@ def test_a_dry_run_writes_an_untrained_drafter_and_serves_it(
     assert DFlashDraftModel.from_pretrained(str(output / "dry-run")).block_size == 16
 
 
+def test_a_target_s_directory_may_be_written_in_other_ways(
+    tmp_path: Path, prompts: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["train", "--prompts", prompts, "--output", tmp_path / "d", "--config", recipe]
+    run(*base, "--target", TARGET)
+    monkeypatch.chdir(SHIPPED_PAIR)
+    assert "nothing is left to do" in run(*base, "--target", "target")
+
+
 def test_an_id_that_comes_again_is_another_prompt(tmp_path: Path, recipe: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"id": "same", "prompt": f"def f{number}" * 3}) + "\n" for number in range(4)))
