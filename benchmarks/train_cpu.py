@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-import yaml
 from gpu.machine import run_facts
+from gpu.train_command import train_drafter
 from transformers import AutoModelForCausalLM
 
 from vllm_dflash.console import SHIPPED_PAIR
@@ -51,14 +49,11 @@ def main() -> None:
     parser.add_argument("--measured-prompts", type=int, default=24)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    prompts, recipe = args.output / "prompts.jsonl", args.output / "recipe.yaml"
+    prompts, drafter = args.output / "prompts.jsonl", args.output / "drafter"
     write_prompts(prompts, args.prompts)
+    begun = time.monotonic()
     training = RECIPE["training"] | {"steps": args.steps}
-    recipe.write_text(yaml.safe_dump(RECIPE | {"training": training}))
-    drafter, begun = args.output / "drafter", time.monotonic()
-    command = [sys.executable, "-m", "vllm_dflash", "train", "--target", str(SHIPPED_PAIR / "target")]
-    command += ["--prompts", str(prompts), "--output", str(drafter), "--config", str(recipe)]
-    subprocess.run(command, check=True)
+    train_drafter(SHIPPED_PAIR / "target", prompts, drafter, RECIPE | {"training": training})
     seconds = round(time.monotonic() - begun, 1)
     found = measured(drafter, args.measured_prompts)
     facts = run_facts() | {"seconds": seconds, "prompts": args.prompts, "steps": args.steps}

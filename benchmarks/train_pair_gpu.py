@@ -21,8 +21,6 @@ import gc
 import itertools
 import json
 import random
-import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -31,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from gpu.train_command import train_drafter
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -247,11 +245,7 @@ class Recipe:
 
     def train_drafter(self) -> None:
         """By the command, as a user does it."""
-        recipe = self.args.output / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(self._drafter_recipe()))
-        command = [sys.executable, "-m", "vllm_dflash", "train", "--target", str(self.target_dir)]
-        command += ["--prompts", str(self.prompts_file), "--output", str(self.drafter_dir), "--config", str(recipe)]
-        subprocess.run(command, check=True)
+        train_drafter(self.target_dir, self.prompts_file, self.drafter_dir, self._drafter_recipe())
 
     def _drafter_recipe(self) -> dict[str, dict[str, Any]]:
         args, last = self.args, self.args.num_layers - 1

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from gpu.machine import on_cuda, run_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.training.batch_plan import BatchPlan
+from vllm_dflash.training.blocks import BlockShape
 from vllm_dflash.training.recipe import Recipe
 from vllm_dflash.training.response_store import RESPONSES_FILE
 
@@ -91,8 +92,8 @@ class Run:
         for line in (self.folder / "work" / RESPONSES_FILE).read_text().splitlines():
             record = json.loads(line)
             lengths.append(len(record["prompt_token_ids"]) + len(record["token_ids"]))
-        training, longest = self.recipe.training, min(self.recipe.data.max_length, self.target.max_position_embeddings)
-        plan = BatchPlan(lengths, longest, training.batch_tokens, training.seed)
+        training = self.recipe.training
+        plan = BatchPlan(lengths, self.recipe.data.max_length, training.batch_tokens, training.seed)
         found = Work()
         for batch in map(plan.batch, range(plan.epoch_size)):
             rows, padded = len(batch.indices), batch.padded_length
@@ -104,32 +105,26 @@ class Run:
     def _sequence_flop(self, length: int) -> float:
         """Of a training step, for one sequence."""
         training, block = self.recipe.training, self.draft.block_size
-        num_blocks = max(1, min(training.anchors, length // training.tokens_per_anchor))
-        rows = num_blocks * block
-        target = 0.0 if self.reads_features else length * self._target_flop(length)
-        draft = rows * self._row_flop(length) + length * self._context_flop()
+        shape = BlockShape(block, self.draft.mask_token_id, training.anchors, training.tokens_per_anchor)
+        num_blocks = shape.num_anchors(length)
+        # Causal attention sees half of the sequence on average; so does a block, beside its own rows.
+        target = 0.0 if self.reads_features else length * layers_flop(self.target, length / 2)
+        draft = num_blocks * block * layers_flop(self.draft, length / 2 + block) + length * self._context_flop()
         head = 2.0 * num_blocks * (block - 1) * self.draft.hidden_size * self.draft.draft_vocab_size
         return target + FORWARD_AND_BACKWARD * draft + HEAD * head
-
-    def _target_flop(self, length: int) -> float:
-        """Of a token's forward without the LM head; causal attention sees half of the tokens."""
-        c = self.target
-        heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        weights = c.hidden_size * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size)
-        return c.num_hidden_layers * (2.0 * weights + 4.0 * heads * length / 2)
-
-    def _row_flop(self, length: int) -> float:
-        """Of a block's row; its context is half of the sequence on average."""
-        c = self.draft
-        heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        weights = c.hidden_size * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size)
-        return c.num_hidden_layers * (2.0 * weights + 4.0 * heads * (length / 2 + c.block_size))
 
     def _context_flop(self) -> float:
         """Of a token's features: fused, and K and V in every layer."""
         c = self.draft
         fused = len(c.target_layer_ids) * c.target_hidden_size * c.hidden_size
         return 2.0 * (fused + c.num_hidden_layers * 2 * c.hidden_size * c.num_key_value_heads * c.head_dim)
+
+
+def layers_flop(c: PretrainedConfig | DFlashConfig, num_keys: float) -> float:
+    """Of a row's way through all layers, attending to so many keys, without the LM head."""
+    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    weights = c.hidden_size * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size)
+    return c.num_hidden_layers * (2.0 * weights + 4.0 * heads * num_keys)
 
 
 def measured_peak(size: int = 8192, times: int = 50) -> float:

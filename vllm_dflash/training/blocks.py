@@ -7,28 +7,15 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from vllm_dflash.training.anchors import block_labels, block_positions, block_token_ids, choose_anchors
 from vllm_dflash.training.data import Batch
 from vllm_dflash.training.flex_masks import attention_mask_for
-
-#: Of anchors [B, N], the context's length and the block's: who may attend to whom.
-MakeMask = Callable[[Tensor, int, int], "Tensor | BlockMask"]
-
-
-def mask_for_device(
-    anchors: Tensor,  # [B, N]
-    context_length: int,
-    block_size: int,
-) -> Tensor | BlockMask:
-    """The kind of mask that trains fastest where the anchors are."""
-    return attention_mask_for(anchors.device, anchors, context_length, block_size)
 
 
 @dataclass(frozen=True)
@@ -42,9 +29,12 @@ class BlockShape:
 
     def choose_anchors(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Anchors of a batch [B, N], and which of them are valid [B, N]."""
-        padded = batch.token_ids.shape[1]
-        count = max(1, min(self.most_anchors, padded // self.tokens_per_anchor))
+        count = self.num_anchors(batch.token_ids.shape[1])
         return choose_anchors(batch.prompt_lengths, batch.lengths, count, generator)
+
+    def num_anchors(self, padded_length: int) -> int:
+        """Of each sequence of a batch."""
+        return max(1, min(self.most_anchors, padded_length // self.tokens_per_anchor))
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,6 @@ def draft_blocks(
     anchors: Tensor,  # [B, N]
     valid: Tensor,  # bool [B, N]
     shape: BlockShape,
-    make_mask: MakeMask = mask_for_device,
 ) -> DraftedBlocks:
     """Draft behind each anchor. The embedding is the target's, frozen (paper, section 3)."""
     padded = batch.token_ids.shape[1]
@@ -82,7 +71,7 @@ def draft_blocks(
         position_ids=torch.cat((context_positions, block_positions(anchors, shape.block_size)), dim=1),
         noise_embedding=target.get_input_embeddings()(block_ids).float(),
         target_hidden=features,
-        attention_mask=make_mask(anchors, padded, shape.block_size),
+        attention_mask=attention_mask_for(anchors.device, anchors, padded, shape.block_size),
     )  # [B, N*Q, H]
     drafted = hidden.unflatten(1, (-1, shape.block_size))[:, :, 1:]
     labels = block_labels(batch.token_ids, batch.lengths, anchors, valid, shape.block_size)

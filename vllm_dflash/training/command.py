@@ -33,7 +33,7 @@ from vllm_dflash.training.feature_plan import cache_fingerprint
 from vllm_dflash.training.feature_writing import write_cache
 from vllm_dflash.training.held_out import split
 from vllm_dflash.training.mask_token import find_mask_token
-from vllm_dflash.training.origin import check_origin, hash_of, write_origin
+from vllm_dflash.training.origin import check_origin, hash_of, responses_hash, write_origin
 from vllm_dflash.training.prompt_files import prompt_token_ids, read_prompts
 from vllm_dflash.training.prompts import Prompt
 from vllm_dflash.training.recipe import Recipe
@@ -112,9 +112,7 @@ class DrafterRun:
     @property
     def dtype(self) -> torch.dtype:
         """Of the target, whatever is done with it."""
-        precision = self.recipe.training.precision
-        is_bf16 = precision == "bf16" or (precision == "auto" and self.device is not None)
-        return torch.bfloat16 if is_bf16 else torch.float32
+        return torch.bfloat16 if self.recipe.training.is_bf16(self.device is not None) else torch.float32
 
     @cached_property
     def target(self) -> nn.Module:
@@ -317,7 +315,7 @@ class DrafterRun:
             "target": _place(self.options.target),
             "init_from": None if self.options.init_from is None else _place(self.options.init_from),
             "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
-            "responses": hash_of([response.prompt_token_ids + response.token_ids for response in responses]),
+            "responses": responses_hash(responses),
             "mask_token_id": draft.mask_token_id,
             "recipe": self.recipe.model_dump(mode="json", exclude=of_no_weight),
         }

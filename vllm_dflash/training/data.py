@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches for the drafter: padded responses and the target's hidden states over them.
 
-Features are computed as they are needed: at these sizes the target's forward costs less than reading them from a disk.
-
 Letters: B sequences, S padded length, F tapped layers, H hidden size.
 """
 
@@ -44,7 +42,7 @@ def collate(responses: Sequence[Response], padded_length: int) -> Batch:
     token_ids = torch.zeros(len(responses), padded_length, dtype=torch.long)
     lengths = []
     for row, response in enumerate(responses):
-        ids = (response.prompt_token_ids + response.token_ids)[:padded_length]
+        ids = response.sequence[:padded_length]
         token_ids[row, : len(ids)] = torch.tensor(ids)
         lengths.append(len(ids))
     prompt_lengths = [len(response.prompt_token_ids) for response in responses]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_dflash.training.origin import hash_of
+from vllm_dflash.training.origin import responses_hash
 from vllm_dflash.training.responses import Response
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors has them
@@ -56,7 +56,7 @@ def cache_fingerprint(
         "layer_ids": [int(layer) for layer in layer_ids],
         "max_length": max_length,
         "dtype": str(dtype).removeprefix("torch."),
-        "responses": _responses_hash(responses),
+        "responses": responses_hash(responses),
     }
 
 
@@ -75,11 +75,6 @@ def _weights_hash(target_dir: Path) -> str:
                 weights.seek(size * sample // SAMPLES)
                 digest.update(weights.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _responses_hash(responses: Sequence[Response]) -> str:
-    """Of the token ids alone: where the prompt ends and at what temperature it went on changes no feature."""
-    return hash_of([response.prompt_token_ids + response.token_ids for response in responses])
 
 
 def refuse_mismatch(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

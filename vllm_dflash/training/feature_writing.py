@@ -75,7 +75,7 @@ def write_cache(
     if complete is not None:
         return complete
     num_features = len(layer_ids) * target.config.get_text_config(decoder=True).hidden_size
-    lengths = [min(len(response.prompt_token_ids) + len(response.token_ids), max_length) for response in responses]
+    lengths = [min(len(response.sequence), max_length) for response in responses]
     needed = estimate_bytes(lengths, num_features, dtype)
     check_room(folder, needed, budget)
     batches = length_batches(lengths, batch_tokens)

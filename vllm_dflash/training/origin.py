@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import write_whole
+from vllm_dflash.training.responses import Response
 
 
 def check_origin(file: Path, origin: Mapping[str, Any], remedy: str) -> None:
@@ -49,3 +50,8 @@ def hash_of(sequences: Sequence[Sequence[int]]) -> str:
     for ids in sequences:
         digest.update(array("q", [len(ids), *ids]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def responses_hash(responses: Sequence[Response]) -> str:
+    """Of the token ids alone: where the prompt ends and at what temperature it went on is not looked at."""
+    return hash_of([response.sequence for response in responses])

@@ -89,6 +89,10 @@ class TrainingRecipe(_Section):
     evaluate_tokens: Annotated[int, Field(ge=2)] = 128  # of each held-out prompt
     seed: int = 0
 
+    def is_bf16(self, on_gpu: bool) -> bool:
+        """Whether the target and the forward are in bfloat16; else in float32."""
+        return self.precision == "bf16" or (self.precision == "auto" and on_gpu)
+
 
 class Recipe(_Section):
     """All of it."""

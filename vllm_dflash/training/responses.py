@@ -14,6 +14,11 @@ class Response:
     token_ids: list[int]
     temperature: float
 
+    @property
+    def sequence(self) -> list[int]:
+        """Prompt and response."""
+        return self.prompt_token_ids + self.token_ids
+
 
 def until_end(row: list[int], end_ids: list[int]) -> list[int]:
     """Up to the first end token, which stays."""

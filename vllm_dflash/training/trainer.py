@@ -71,9 +71,8 @@ class DrafterTrainer:
         read_features: ReadFeatures | None = None,  # None: the target computes them
     ) -> None:
         training, wants_gpu = recipe.training, torch.cuda.is_available()
-        precision = training.precision if training.precision != "auto" else "bf16" if wants_gpu else "fp32"
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="bf16" if training.is_bf16(wants_gpu) else "no",
             gradient_accumulation_steps=training.accumulation,
             log_with="tensorboard",
             project_dir=output / "logs",
@@ -99,7 +98,7 @@ class DrafterTrainer:
         for layer in draft.layers if compiles else ():
             layer.compile(dynamic=True, options=_COMPILE_OPTIONS)
         self.draft, self.optimizer = self.accelerator.prepare(draft.float().train(), optimizer)
-        lengths = [len(each.prompt_token_ids) + len(each.token_ids) for each in sequences]
+        lengths = [len(each.sequence) for each in sequences]
         self.plan = BatchPlan(lengths, recipe.data.max_length, training.batch_tokens, training.seed)
         self.state = RunState()
         self._seen = _Seen(since=time.monotonic())
