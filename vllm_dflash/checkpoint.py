@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from vllm_dflash.config import DFlashConfig
 
@@ -90,23 +90,39 @@ def optional_tensors(config: DFlashConfig) -> dict[str, Shape]:
     }
 
 
+class TensorProblem(NamedTuple):
+    """Of which kind ("missing", "extra" or "shape"), and what."""
+
+    kind: str
+    message: str
+
+
 def check_tensors(config: DFlashConfig, found: Mapping[str, Shape]) -> None:
     """Compare a checkpoint's tensors with what its config.json implies.
 
     An extra tensor is refused too: weights that nobody reads mean an architecture other than the config's, and
     acceptance would collapse without a word. Raises ValueError naming the tensors.
     """
+    for problem in tensor_problems(config, found):
+        raise ValueError(problem.message)
+
+
+def tensor_problems(config: DFlashConfig, found: Mapping[str, Shape]) -> Iterator[TensorProblem]:
+    """All differences between a checkpoint's tensors and what its config.json implies."""
     required, optional = expected_tensors(config), optional_tensors(config)
     missing = sorted(required.keys() - found.keys())
     if missing:
-        raise ValueError(f"{config.source}: missing tensor(s): {', '.join(missing)}")
+        yield TensorProblem("missing", f"{config.source}: missing tensor(s): {', '.join(missing)}")
     for name, shape in sorted(found.items()):
         expected = required.get(name, optional.get(name))
         if expected is None and not name.endswith(IGNORED_TENSORS):
-            raise ValueError(f"{config.source}: tensor {name!r} {list(shape)} belongs to no part of this drafter")
+            yield TensorProblem(
+                "extra", f"{config.source}: tensor {name!r} {list(shape)} belongs to no part of this drafter"
+            )
         if expected is not None and shape != expected:
-            raise ValueError(
-                f"{config.source}: tensor {name!r} has shape {list(shape)}, config.json implies {list(expected)}"
+            yield TensorProblem(
+                "shape",
+                f"{config.source}: tensor {name!r} has shape {list(shape)}, config.json implies {list(expected)}",
             )
 
 

@@ -35,6 +35,14 @@ _UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class ConfigKeyError(ValueError):
+    """A key of a drafter's config.json that cannot be used. `key` is its name, dotted where it is nested."""
+
+    def __init__(self, source: str, key: str, problem: str) -> None:
+        super().__init__(f"{source}: config.json key {key!r} {problem}")
+        self.key = key
+
+
 @dataclass(frozen=True)
 class LayerAttention:
     """What one draft layer's block rows may attend to.
@@ -109,8 +117,12 @@ class DFlashConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "<dict>") -> DFlashConfig:
         """Build from a parsed config.json of either layout. Raises ValueError naming the key at fault."""
-        flat = _from_speculators(raw, source) if raw.get("speculators_model_type") else dict(raw)
-        return _Parser(flat, source).parse()
+        return _Parser(published_layout(raw, source), source).parse()
+
+
+def published_layout(raw: Mapping[str, Any], source: str = "<dict>") -> dict[str, Any]:
+    """A copy of a raw config.json of either layout, in the published one. Raises ValueError naming the key at fault."""
+    return _from_speculators(raw, source) if raw.get("speculators_model_type") else dict(raw)
 
 
 def read_config_dict(model: str, revision: str | None = None) -> dict[str, Any]:
@@ -171,9 +183,10 @@ def _from_speculators(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: config.json has speculators_model_type but no transformer_layer_config")
     aux_ids = raw.get("aux_hidden_state_layer_ids")
     if aux_ids is not None and not _are_layer_ids(aux_ids, first=1):
-        raise ValueError(
-            f"{source}: config.json key 'aux_hidden_state_layer_ids' must be a strictly increasing list of integers "
-            f">= 1 (0 is the embedding), found {aux_ids!r}"
+        raise ConfigKeyError(
+            source,
+            "aux_hidden_state_layer_ids",
+            f"must be a strictly increasing list of integers >= 1 (0 is the embedding), found {aux_ids!r}",
         )
     flat = dict(raw["transformer_layer_config"])
     for key in ("block_size", "draft_vocab_size", "target_hidden_size", "quantization_config", *_UNSUPPORTED_KEYS):
@@ -185,6 +198,17 @@ def _from_speculators(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         "causal": False if raw.get("sliding_window_non_causal", True) else None,
     }
     return flat
+
+
+def default_target_layer_ids(depth: int, taps: int) -> tuple[int, ...]:
+    """`taps` of a target's `depth` layers, spread evenly from the 2nd to the 3rd-to-last (paper, section 4.1).
+
+    A target with too few layers gives ids that repeat or fall.
+    """
+    if taps == 1:
+        return (depth // 2,)
+    first, last = 1, depth - 3
+    return tuple(round(first + i * (last - first) / (taps - 1)) for i in range(taps))
 
 
 def _are_layer_ids(ids: Any, first: int) -> bool:
@@ -239,8 +263,8 @@ class _Parser:
             source=self.source,
         )
 
-    def _error(self, key: str, problem: str) -> ValueError:
-        return ValueError(f"{self.source}: config.json key {key!r} {problem}")
+    def _error(self, key: str, problem: str) -> ConfigKeyError:
+        return ConfigKeyError(self.source, key, problem)
 
     def _positive(self, key: str, default: int | None = None) -> int:
         value = self.flat.get(key)
@@ -284,15 +308,12 @@ class _Parser:
         return None if self.flat.get("num_target_layers") is None else self._positive("num_target_layers")
 
     def _default_target_layer_ids(self) -> tuple[int, ...]:
-        """As many taps as draft layers, spread evenly from the 2nd to the 3rd-to-last layer (paper, section 4.1)."""
+        """The published taps, as many as draft layers."""
         key, depth = "dflash_config.target_layer_ids", self._num_target_layers()
         if depth is None:
             raise self._error(key, "is missing, and so is num_target_layers to derive it")
         taps = self._positive("num_hidden_layers")
-        if taps == 1:
-            return (depth // 2,)
-        first, last = 1, depth - 3
-        ids = tuple(round(first + i * (last - first) / (taps - 1)) for i in range(taps))
+        ids = default_target_layer_ids(depth, taps)
         if not _are_layer_ids(ids, first=0):
             raise self._error(
                 key, f"is missing, and num_target_layers = {depth} leaves no room for {taps} default taps"

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_dflash.checkpoint import check_tensors, read_tensor_shapes
 from vllm_dflash.config import DFlashConfig
@@ -78,28 +78,45 @@ def check_limits(num_speculative_tokens: int, max_model_len: int, drafter_max_mo
         )
 
 
+class PairProblem(NamedTuple):
+    """What differs (`part` is a stable name of it), and how."""
+
+    part: str
+    message: str
+
+
 def check_pair(config: DFlashConfig, target: TargetFacts) -> None:
     """Whether a drafter was made for such a target. Raises ValueError with the key and both values."""
+    for problem in pair_problems(config, target):
+        raise ValueError(problem.message)
+
+
+def pair_problems(config: DFlashConfig, target: TargetFacts) -> Iterator[PairProblem]:
+    """All that says that a drafter was not made for such a target."""
     last = config.target_layer_ids[-1]
     if last >= target.num_hidden_layers:
-        raise ValueError(
+        yield PairProblem(
+            "target-layers",
             f"{config.source}: dflash_config.target_layer_ids {list(config.target_layer_ids)} reach layer {last}, but "
-            f"the target {target.model} has layers 0..{target.num_hidden_layers - 1}"
+            f"the target {target.model} has layers 0..{target.num_hidden_layers - 1}",
         )
     if config.num_target_layers not in (None, target.num_hidden_layers):
-        raise ValueError(
+        yield PairProblem(
+            "target-depth",
             f"{config.source}: num_target_layers = {config.num_target_layers}, but the target {target.model} has "
-            f"{target.num_hidden_layers}: this drafter was trained for another target"
+            f"{target.num_hidden_layers}: this drafter was trained for another target",
         )
     if config.target_hidden_size != target.hidden_size:
-        raise ValueError(
+        yield PairProblem(
+            "hidden-size",
             f"{config.source}: the drafter reads target features of width {config.target_hidden_size} "
             f"(target_hidden_size, else hidden_size), but the target {target.model} has hidden_size = "
-            f"{target.hidden_size}"
+            f"{target.hidden_size}",
         )
     if config.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"{config.source}: vocab_size = {config.vocab_size}, but the target {target.model} has {target.vocab_size}"
+        yield PairProblem(
+            "vocabulary",
+            f"{config.source}: vocab_size = {config.vocab_size}, but the target {target.model} has {target.vocab_size}",
         )
 
 
