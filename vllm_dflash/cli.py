@@ -29,6 +29,15 @@ class Dtype(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
+class EngineDtype(str, Enum):
+    """vLLM's --dtype."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 Target = Annotated[
     str | None, typer.Option(metavar="DIR", help="Target model, a directory or hub id. Default: the shipped one.")
 ]
@@ -48,7 +57,7 @@ NumSpeculativeTokens = Annotated[
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(exit_code: int = 1) -> Iterator[None]:
     """Show what the user can put right as one message instead of a traceback."""
     from vllm_dflash.console import CommandError
 
@@ -56,7 +65,7 @@ def _plain_errors() -> Iterator[None]:
         yield
     except CommandError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_code) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -99,6 +108,51 @@ def demo(
         identical = run_demo(options, Console())
     if not identical:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    target: Target = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            "--drafter",
+            metavar="DIR",
+            help="Its drafter, a directory or hub id. Default: the shipped one.",
+        ),
+    ] = None,
+    run: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Also run N prompts and measure the acceptance.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL of prompts (id, text) for --run. Default: shipped ones.")
+    ] = None,
+    max_tokens: MaxTokens = 128,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="As for vLLM: tokens of the longest request.")
+    ] = None,
+    dtype: Annotated[EngineDtype, typer.Option(help="As for vLLM: what is computed in.")] = EngineDtype.AUTO,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As for vLLM: what the KV cache holds.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As for vLLM: GPUs that share the models.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="A report for scripts on stdout.")] = False,
+) -> None:
+    """Check from their files, in seconds and without a GPU, whether a target and a drafter go together.
+
+    Exits with 0 if there is nothing to put right, 1 with warnings, 2 with errors.
+    """
+    with _plain_errors(exit_code=2):
+        from rich.console import Console
+
+        from vllm_dflash.compat.model_support import engine_facts
+        from vllm_dflash.doctor.command import DoctorOptions, run_doctor
+        from vllm_dflash.doctor.facts import Asked
+
+        asked = Asked(num_speculative_tokens, max_model_len, dtype.value, kv_cache_dtype, tensor_parallel_size)
+        options = DoctorOptions(target, drafter, asked, run, prompts, max_tokens, json)
+        code = run_doctor(options, engine_facts, Console(), Console(stderr=True))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -25,7 +25,7 @@ _LEFT_TO_VLLM: dict[str, tuple[Any, ...]] = {
 }
 #: Keys that change the draft model's arithmetic and that this implementation does not have. Ignoring one would not
 #: raise anything later: acceptance would just collapse. Each maps to the values that mean "not in use".
-_UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
     **_LEFT_TO_VLLM,
     "sample_from_anchor": (None, False),
     "conv_kernel_size": (None, 0),
@@ -189,7 +189,7 @@ def _from_speculators(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"must be a strictly increasing list of integers >= 1 (0 is the embedding), found {aux_ids!r}",
         )
     flat = dict(raw["transformer_layer_config"])
-    for key in ("block_size", "draft_vocab_size", "target_hidden_size", "quantization_config", *_UNSUPPORTED_KEYS):
+    for key in ("block_size", "draft_vocab_size", "target_hidden_size", "quantization_config", *UNSUPPORTED_KEYS):
         if raw.get(key) is not None:
             flat[key] = raw[key]
     flat["dflash_config"] = {
@@ -274,7 +274,7 @@ class _Parser:
         return value
 
     def _refuse_unsupported(self) -> None:
-        for key, unused in _UNSUPPORTED_KEYS.items():
+        for key, unused in UNSUPPORTED_KEYS.items():
             value = self.dflash.get(key, self.flat.get(key))
             if value not in unused:
                 raise self._error(key, f"= {value!r} is not supported by this drafter implementation")

@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-import os
-
 from vllm_dflash.logs import logger
-
-#: "0" leaves vLLM as it is.
-SWITCH = "VLLM_DFLASH"
 
 
 def register() -> None:
     """Take over method "dflash" in this process, or say in one line why not. Cheap, and safe to repeat."""
     from vllm_dflash.compat import version
 
-    if os.environ.get(SWITCH, "1") == "0":
-        logger.info("vllm_dflash: standing aside, %s=0", SWITCH)
+    if version.is_switched_off():
+        logger.info("vllm_dflash: standing aside, %s=0", version.SWITCH)
         return
     installed = version.installed_version()
     if not version.is_supported(installed):

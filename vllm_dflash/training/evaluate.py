@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,21 +48,34 @@ def acceptance(
     """Generate with drafting and count. `end_ids` end a response early; None always writes `max_new_tokens`."""
     accepted, drafts = [0] * (draft.block_size - 1), 0
     for prompt in prompts:
-        output = draft.spec_generate(
-            input_ids=torch.tensor([prompt.prompt_token_ids]),
-            target=target,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            stop_token_ids=end_ids,
-            return_stats=True,
-        )
-        drafts += len(output.acceptance_lengths)
-        for length in output.acceptance_lengths:
+        lengths = acceptance_lengths(draft, target, prompt.prompt_token_ids, max_new_tokens, end_ids)
+        drafts += len(lengths)
+        for length in lengths:
             for k in range(length - 1):
                 accepted[k] += 1
     if not drafts:
         raise ValueError("nothing was drafted: no prompts, or --max-new-tokens is 1")
     return Acceptance(drafts, tuple(accepted))
+
+
+def acceptance_lengths(
+    draft: DFlashDraftModel,
+    target: torch.nn.Module,
+    token_ids: Sequence[int],
+    max_new_tokens: int,
+    end_ids: list[int] | None,
+    device: torch.device | str = "cpu",
+) -> list[int]:
+    """Of each draft of one prompt's greedy response: tokens accepted and the target's own. device: of both models."""
+    output = draft.spec_generate(
+        input_ids=torch.tensor([token_ids], device=device),
+        target=target,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        stop_token_ids=end_ids,
+        return_stats=True,
+    )
+    return output.acceptance_lengths
 
 
 def acceptance_records(
