@@ -170,7 +170,7 @@ def is_dflash_checkpoint(raw: Mapping[str, Any]) -> bool:
         return False
     if raw.get("speculators_model_type"):
         return raw["speculators_model_type"] == "dflash"
-    return list(raw.get("architectures") or []) == ["DFlashDraftModel"]
+    return raw.get("architectures") == ["DFlashDraftModel"]
 
 
 def _from_speculators(raw: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class TokenizerFacts:
 
     tokens: text by id, added tokens included. special: ids that no plain text becomes.
     mask_token: the one that the tokenizer names as such. chat_templates: their sources, none if there is none.
+    problem: why its files cannot be read; empty where they can.
     """
 
     tokens: Mapping[int, str] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class TokenizerFacts:
     mask_token: str | None = None
     roles: Mapping[str, int] = field(default_factory=dict)  # such as "eos_token": its id
     chat_templates: tuple[str, ...] = ()
+    problem: str = ""
 
     @property
     def has_thinking_switch(self) -> bool:

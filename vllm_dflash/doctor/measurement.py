@@ -62,6 +62,10 @@ def findings_of(measurement: Measurement) -> Iterator[Finding]:
 
 
 def _acceptance(run: Run) -> Finding:
+    if not run.counts.drafts:
+        return info(
+            "acceptance", "nothing was drafted: all responses ended at once", "other --prompts, or --max-tokens"
+        )
     seen = f"acceptance length {run.length:.2f} (bonus token included, pooled over {run.counts.drafts} drafts)"
     if run.length >= LOWEST_LENGTH:
         return ok("acceptance", seen)

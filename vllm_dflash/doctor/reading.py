@@ -90,6 +90,15 @@ def _end_token_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
 
 def read_tokenizer(directory: Path) -> TokenizerFacts | None:
     """From `tokenizer.json` and `tokenizer_config.json`; None where there is neither."""
+    try:
+        return _read_tokenizer(directory)
+    except UnreadableError as error:
+        return TokenizerFacts(problem=str(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return TokenizerFacts(problem=f"the tokenizer files in {directory} are not of the usual form: {error!r}")
+
+
+def _read_tokenizer(directory: Path) -> TokenizerFacts | None:
     fast, settings = _optional(directory / "tokenizer.json"), _optional(directory / "tokenizer_config.json")
     if not fast and not settings:
         return None

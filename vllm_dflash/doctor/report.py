@@ -156,9 +156,10 @@ def _show_measurement(measurement: Measurement, console: Console) -> None:
     for run in measurement.runs:
         table.add_row(*_row(run))
     console.print(table)
-    if measurement.runs:
+    as_given = next((run for run in measurement.runs if run.shift == 0), None)
+    if as_given is not None:
         console.print(Text("share of drafts accepted up to each position, the pair as it is:", style="dim"))
-        console.print(_positions(measurement.runs[0].counts))
+        console.print(_positions(as_given.counts))
 
 
 def _row(run: Run) -> tuple[str, ...]:

@@ -309,6 +309,7 @@ def test_another_width_needs_own_tables() -> None:
     [
         (None, [("info", "chat-template")]),
         (TokenizerFacts(TOKENS), [("info", "chat-template")]),
+        (TokenizerFacts(problem="no JSON"), [("error", "tokenizer")]),
         (tokenizer(), [("ok", "chat-template"), ("ok", "thinking")]),
         (
             TokenizerFacts(TOKENS, chat_templates=("{% if enable_thinking %}",)),

@@ -31,6 +31,10 @@ def test_almost_nothing_accepted() -> None:
     assert found(run(0, 1.3))[0] == ("ok", "acceptance")
 
 
+def test_nothing_drafted_is_no_low_acceptance() -> None:
+    assert found(run(0, 1.0, (0, 0))) == [("info", "acceptance")]
+
+
 def test_a_neighbour_that_is_better_on_every_prompt() -> None:
     given, better = run(0, 2.0, (10, 12, 14, 16, 18, 20, 22, 24)), run(-1, 3.0, (7, 8, 9, 11, 12, 13, 15, 16))
     assert found(given, better)[1] == ("warning", "target-layer-convention")

@@ -179,6 +179,16 @@ def test_a_tokenizer_from_its_files(tmp_path: Path) -> None:
     assert found.has_thinking_switch
 
 
+@pytest.mark.parametrize(
+    "content", ["{", '{"added_tokens": [3]}', '{"model": {"vocab": {"a": {}}}, "added_tokens": 3}']
+)
+def test_a_broken_tokenizer_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    found = read_tokenizer(tmp_path)
+    assert found is not None
+    assert str(tmp_path) in found.problem
+
+
 def test_no_tokenizer(tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path) is None
 

@@ -224,6 +224,23 @@ def test_a_run_of_the_good_pair_raises_no_alarm(one_thread: None) -> None:
     assert 3.0 < runs[0]["acceptance_length"] < 5.0
 
 
+def test_a_run_compares_both_template_modes(pair: Path, one_thread: None) -> None:
+    template = "{% if enable_thinking %}<think>{% endif %}{{ messages[0]['content'] }}"
+    edit(pair / "target/tokenizer_config.json", chat_template=template)
+    _, report = doctor(pair, "--run", "1", "--max-tokens", "16")
+    runs = [(run["shift"], run["mode"]) for run in report["measurement"]["runs"]]
+    assert runs == [(0, "thinking"), (-1, "thinking"), (1, "thinking"), (0, "no thinking")]
+    (told,) = (one for one in report["findings"] if one["id"] == "thinking")
+    assert told["seen"].startswith("acceptance length")
+
+
+def test_a_pair_that_cannot_be_run_says_why(pair: Path) -> None:
+    drafter(dflash_config={"mask_token_id": 9999})(pair)
+    code, report = doctor(pair, "--run", "1")
+    assert code == 2
+    assert alarms(report) == {("error", "mask-token"), ("error", "measurement")}
+
+
 def test_a_drafter_of_noise_is_found_by_running(pair: Path, one_thread: None) -> None:
     def noise(content: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,12 @@ def check_rope(facts: Facts) -> Iterator[Finding]:
     found = [*_theta(mine, theirs, _states_theta(facts)), *_partial(mine, theirs), *_scaling(mine, theirs)]
     yield from found
     if not found:
-        yield ok("rope", f"theta {mine['rope_theta']:g}, {mine['rope_type']}, as the target's")
+        yield ok("rope", f"theta {_plain(mine['rope_theta'])}, {mine['rope_type']}, as the target's")
+
+
+def _plain(theta: Any) -> str:
+    """1000000.0 as 1000000."""
+    return str(int(theta)) if isinstance(theta, float) and theta.is_integer() else str(theta)
 
 
 def target_rope(target: Target) -> dict[str, Any]:
@@ -35,8 +40,10 @@ def target_rope(target: Target) -> dict[str, Any]:
         rope = rope.get("full_attention") or {}
     found = dict(rope)
     for key in ("rope_theta", "partial_rotary_factor"):
-        if found.get(key) is None and target.text.get(key) is not None:
-            found[key] = target.text[key]
+        value = target.text.get(key) if found.get(key) is None else found[key]
+        found.pop(key, None)
+        if isinstance(value, int | float):
+            found[key] = value
     found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     if found["rope_type"] == "mrope":  # several positions a token, alike for text
         found["rope_type"] = "default"
@@ -49,13 +56,14 @@ def _states_theta(facts: Facts) -> bool:
 
 
 def _theta(mine: Mapping[str, Any], theirs: Mapping[str, Any], is_stated: bool) -> Iterator[Finding]:
-    if theirs.get("rope_theta") is None:
-        yield info("rope-theta", f"theta {mine['rope_theta']:g}; the target's config.json tells none to compare with")
-    elif mine["rope_theta"] != theirs["rope_theta"]:
+    own, other = mine["rope_theta"], theirs.get("rope_theta")
+    if other is None:
+        yield info("rope-theta", f"theta {_plain(own)}; the target's config.json tells none to compare with")
+    elif own != other:
         told = "" if is_stated else " (its config.json tells none)"
         yield warning(
             "rope-theta",
-            f"the drafter's rope_theta is {mine['rope_theta']:g}{told}, the target's {theirs['rope_theta']:g}",
+            f"the drafter's rope_theta is {_plain(own)}{told}, the target's {_plain(other)}",
             _CHANGE.format("rope_theta"),
         )
 

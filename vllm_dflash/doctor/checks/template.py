@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vllm_dflash.doctor.facts import Facts
-from vllm_dflash.doctor.finding import Finding, info, ok
+from vllm_dflash.doctor.finding import Finding, error, info, ok
 
 
 def check_templates(facts: Facts) -> Iterator[Finding]:
@@ -14,6 +14,9 @@ def check_templates(facts: Facts) -> Iterator[Finding]:
     tokenizer = facts.target.tokenizer
     if tokenizer is None:
         yield info("chat-template", "the target has no tokenizer files: pass token ids, or --tokenizer to vLLM")
+        return
+    if tokenizer.problem:
+        yield error("tokenizer", tokenizer.problem, "take the tokenizer files of the model's publisher")
         return
     if not tokenizer.chat_templates:
         yield info(

@@ -40,7 +40,8 @@ def check_prefix_cache(facts: Facts) -> Iterator[Finding]:
     id, config = "prefix-cache", facts.drafter.config
     if config is None or not facts.drafter.can_read(*_KEYS):
         return
-    kinds = set(facts.target.text.get("layer_types") or [])
+    kinds = facts.target.text.get("layer_types")
+    is_recurrent = isinstance(kinds, list) and any("linear" in str(kind) or "mamba" in str(kind) for kind in kinds)
     sliding = [layer for layer in config.layers if layer.sliding_window is not None]
     if sliding:
         yield info(
@@ -49,7 +50,7 @@ def check_prefix_cache(facts: Facts) -> Iterator[Finding]:
             "with such drafters",
             f"{_WATCH}; where hits vanish, --disable-hybrid-kv-cache-manager has helped",
         )
-    elif any("linear" in str(kind) or "mamba" in str(kind) for kind in kinds):
+    elif is_recurrent:
         yield info(id, "the target has recurrent layers, whose prefix caching is limited beside any drafter", _WATCH)
     else:
         yield ok(id, "the draft layers see everything, so prefixes are shared, but for the last block of a hit")
