@@ -38,12 +38,12 @@ class Report:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The machine-readable report. Severities by name; `exit_code` is the command's."""
+    """The machine-readable report. Severities by name; `exit_code` is the command's, `verdict` the same in a word."""
     return {
         "version": __version__,
         "target": report.target,
         "drafter": report.drafter,
-        "verdict": worst(report.findings).name.lower(),
+        "verdict": ("ok", "warning", "error")[exit_code(report.findings)],
         "exit_code": exit_code(report.findings),
         "findings": [
             {"id": one.id, "severity": one.severity.name.lower(), "seen": one.seen, "change": one.change or None}
@@ -81,7 +81,7 @@ def _rounded(value: float | None) -> float | None:
 
 def show(report: Report, console: Console) -> None:
     """Print the screen."""
-    console.print(_verdict(report.findings))
+    console.print(_verdict(report.findings, _as_given(report.measurement)))
     pair = Table.grid(padding=(0, 2))
     pair.add_row(Text("target", style="dim"), Text(report.target))
     pair.add_row(Text("drafter", style="dim"), Text(report.drafter))
@@ -103,7 +103,12 @@ def show(report: Report, console: Console) -> None:
         _show_measurement(report.measurement, console)
 
 
-def _verdict(findings: Sequence[Finding]) -> Text:
+def _as_given(measurement: Measurement | None) -> Run | None:
+    """The run of the pair as it is."""
+    return None if measurement is None else next((run for run in measurement.runs if run.shift == 0), None)
+
+
+def _verdict(findings: Sequence[Finding], measured: Run | None) -> Text:
     severity = worst(findings)
     counts = {one: sum(finding.severity == one for finding in findings) for one in Severity}
     parts = [
@@ -113,10 +118,11 @@ def _verdict(findings: Sequence[Finding]) -> Text:
         f"{counts[Severity.OK]} {'check' if counts[Severity.OK] == 1 else 'checks'} passed",
     ]
     told = ", ".join(part for part in parts if part)
+    length = "" if measured is None else f", acceptance length {measured.length:.2f}"
     symbol = _SYMBOLS[Severity.OK] if severity < Severity.WARNING else _SYMBOLS[severity]
     style = _STYLES[Severity.OK] if severity < Severity.WARNING else _STYLES[severity]
     verdict = "these models cannot be read" if _nothing_read(findings) else _VERDICTS[severity]
-    return Text.assemble((f"{symbol} {verdict}", f"bold {style}"), f"  ({told})")
+    return Text.assemble((f"{symbol} {verdict}{length}", f"bold {style}"), f"  ({told})")
 
 
 def _nothing_read(findings: Sequence[Finding]) -> bool:
@@ -156,7 +162,7 @@ def _show_measurement(measurement: Measurement, console: Console) -> None:
     for run in measurement.runs:
         table.add_row(*_row(run))
     console.print(table)
-    as_given = next((run for run in measurement.runs if run.shift == 0), None)
+    as_given = _as_given(measurement)
     if as_given is not None:
         console.print(Text("share of drafts accepted up to each position, the pair as it is:", style="dim"))
         console.print(_positions(as_given.counts))

@@ -106,7 +106,9 @@ def test_the_verdict_comes_first_then_what_to_change() -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     show(REPORT, console)
     lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
-    assert lines[0].startswith("✗ this pair does not work as it is  (1 error, 1 warning, 1 note, 1 check passed)")
+    assert lines[0].startswith(
+        "✗ this pair does not work as it is, acceptance length 2.50  (1 error, 1 warning, 1 note, 1 c"
+    )
     order = ["To change", "✗ bad  no", "→ fix", "! slow it is slow", "→ hurry", "To know", "Checked", "✓ fine all well"]
     positions = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
     assert positions == sorted(positions)
