@@ -241,6 +241,11 @@ def test_dtype(own: Any, asked: str, severity: str, told: str) -> None:
     assert (found.severity.name.lower(), told in found.seen) == (severity, True)
 
 
+def test_a_float32_target_is_computed_in_16_bits() -> None:
+    (found,) = check_dtype(facts(target_config(dtype="float32"), drafter_config(dtype="bfloat16")))
+    assert (found.severity.name, found.seen) == ("OK", "bfloat16, target and drafter")
+
+
 def test_quantization_of_either_side() -> None:
     quantized = {"quantization_config": {"quant_method": "awq"}}
     assert brief(check_quantization(facts())) == [("ok", "quantization")]

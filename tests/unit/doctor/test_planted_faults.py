@@ -158,6 +158,12 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str, str]] = {
 def test_the_good_pair_raises_no_alarm(pair: Path) -> None:
     code, report = doctor(pair)
     assert (code, report["exit_code"], alarms(report)) == (0, 0, set())
+    assert {one["id"] for one in report["findings"]} == {
+        "vllm-version", "target-architecture", "drafter-kind", "tensors", "target-weights", "target-depth",
+        "hidden-size", "vocabulary", "target-layers", "mask-token", "embedding", "lm-head", "rope", "sliding-window",
+        "block-size", "context-length", "dtype", "quantization", "kv-cache-dtype", "memory", "prefix-cache",
+        "chat-template", "thinking",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
