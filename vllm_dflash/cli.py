@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from vllm_dflash import __version__
+from vllm_dflash.bench_command import bench
 
 app = typer.Typer(
     help="DFlash speculative decoding for vLLM.",
@@ -230,6 +231,9 @@ def collect(
         from vllm_dflash.train import run_collect
 
         run_collect(logs, output, max_prompts, overwrite, Console())
+
+
+app.command()(_plain_errors()(bench))
 
 
 def main() -> None:

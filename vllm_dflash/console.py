@@ -69,7 +69,7 @@ def run_with_progress(console: Console, job: EngineJob, title: str, log: Path) -
         with _progress(console, title, len(job.prompts)) as progress:
             result = run_engine(job, log, progress.show)
     except EngineFailedError as error:
-        _show_log_tail(console, error.log)
+        show_log_tail(console, error.log)
         raise CommandError(f"{error}. Its whole log: {error.log}") from error
     console.print(
         f"[bold]{title}[/]: engine ready after {result.startup_seconds:.0f} s, "
@@ -108,7 +108,7 @@ def _progress(console: Console, title: str, num_prompts: int) -> Iterator[_JobPr
         yield _JobProgress(progress, title, num_prompts)
 
 
-def _show_log_tail(console: Console, log: Path) -> None:
+def show_log_tail(console: Console, log: Path) -> None:
     """The last lines, and before them the first error: vLLM's parent process reports its child's failure last."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     tail = lines[-LOG_TAIL_LINES:]

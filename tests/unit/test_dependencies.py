@@ -95,6 +95,7 @@ def test_dependencies_point_one_way() -> None:
         ("vllm_dflash.benchmark.offline", "import vllm_dflash.compat"),
         ("vllm_dflash.doctor.diagnosis", "from vllm_dflash.compat.model_support import engine_facts"),
         ("vllm_dflash.compat.model_support", "from vllm_dflash.doctor.facts import Facts"),
+        ("vllm_dflash.benchmark.clients.server", "from vllm_dflash.proposer.step import StepInputs"),
         ("vllm_dflash.proposer.dflash", "from vllm.v1.worker.gpu_model_runner import GPUModelRunner"),
         ("vllm_dflash.model_executor.draft_model", "from vllm.v1 import spec_decode"),
         ("vllm_dflash.cli", "from vllm.version import __version__"),

@@ -43,8 +43,33 @@ def test_a_stretch_is_the_difference_of_two_snapshots() -> None:
 
 
 def test_snapshots_of_different_draft_lengths_do_not_subtract() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="counts of 3 and of 2 draft positions"):
         COUNTS - AcceptanceCounts(1, 2, 1, (1, 0))
+
+
+# Drafts of 3, 3, 1 and 1 tokens, with 3, 0, 1 and 0 of them accepted.
+VARYING = AcceptanceCounts(
+    drafts=4, drafted_tokens=8, accepted_tokens=4, accepted_per_position=(2, 1, 1), drafted_per_position=(4, 2, 2)
+)
+
+
+def test_position_rates_divide_by_the_drafts_that_reach_a_position() -> None:
+    assert VARYING.position_rates == (0.5, 0.5, 0.5)
+
+
+def test_a_position_that_was_never_drafted_has_no_rate() -> None:
+    assert AcceptanceCounts(2, 2, 1, (1, 0), (2, 0)).position_rates == (0.5,)
+
+
+def test_histogram_is_right_for_drafts_of_any_lengths() -> None:
+    assert COUNTS.histogram == (1, 2, 0, 1)
+    assert VARYING.histogram == (2, 1, 0, 1)
+    assert NOTHING.histogram == ()
+
+
+def test_counts_of_two_stretches_add_up() -> None:
+    assert AcceptanceCounts(8, 16, 8, (4, 2, 2), (8, 4, 4)) == VARYING + VARYING
+    assert AcceptanceCounts(8, 20, 9, (5, 2, 2)) == VARYING + COUNTS  # one side does not know
 
 
 def test_tokens_per_second() -> None:

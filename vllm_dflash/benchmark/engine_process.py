@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.benchmark.job import EngineJob, EngineResult, Finished, Ready, Response
+from vllm_dflash.benchmark.job import EngineJob, EngineResult, Finished, LoadJob, Ready, Response
 
 #: The engine child; the file descriptor of its pipe comes last.
 CHILD = (sys.executable, "-m", "vllm_dflash.benchmark.offline")
@@ -105,7 +105,7 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def engine_environment(job: EngineJob, base: Mapping[str, str]) -> dict[str, str]:
+def engine_environment(job: EngineJob | LoadJob, base: Mapping[str, str]) -> dict[str, str]:
     """The child's environment: `base`, plus what a local run should have unless the user says otherwise."""
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}  # GiB; vLLM would take half of the memory
     if all(Path(model).is_dir() for model in (job.target, job.drafter or job.target)):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dflash.benchmark.metrics import AcceptanceCounts, tokens_per_second
+from vllm_dflash.benchmark.records import Counters
+from vllm_dflash.benchmark.sets.conversations import Conversation
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,35 @@ class EngineResult:
     def tokens_per_second(self) -> float:
         """Pooled over all responses."""
         return tokens_per_second(self.num_tokens, sum(response.seconds for response in self.responses))
+
+
+@dataclass(frozen=True)
+class LoadJob:
+    """One engine and the loads to put on it, one after the other. Fields of the same name: as in EngineJob.
+
+    loads: conversations, and how many of them run at once.
+    thinking: given to the chat template as enable_thinking; None leaves it out.
+    warm_up: this many first turns of each load run before it, unmeasured.
+    """
+
+    target: str
+    loads: tuple[tuple[tuple[Conversation, ...], int], ...]
+    drafter: str | None = None
+    num_speculative_tokens: int | None = None
+    dtype: str = "auto"
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    chat: bool = True
+    thinking: bool | None = None
+    warm_up: int = 0
+    timeout_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class LoadFinished:
+    """One load is done. seconds: from its first request to its last token; counters: over it alone."""
+
+    seconds: float
+    counters: Counters

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-dflash bench`: speed and acceptance on prompt sets, against a server or with an engine of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_dflash.bench_backends import SERVERS, BenchOptions, Display, check_options, planned_runs
+from vllm_dflash.benchmark.engine_process import EngineFailedError
+from vllm_dflash.benchmark.environment import environment
+from vllm_dflash.benchmark.records import RequestRecord, Run
+from vllm_dflash.benchmark.results import (
+    PromptSetInfo,
+    Results,
+    Settings,
+    load_results,
+    merged_results,
+    save_results,
+    with_baseline,
+)
+from vllm_dflash.benchmark.sets import PromptSet, load_prompt_set
+from vllm_dflash.benchmark.table import show_results
+from vllm_dflash.console import CommandError, show_log_tail
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go; None: nowhere but to the terminal."""
+
+    json: Path | None = None
+    report: Path | None = None
+
+
+def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Console) -> int:
+    """Measure, show and save. Returns the exit status: 130 after Ctrl-C, 1 if a run had no completed request.
+
+    Whatever was measured before an error or Ctrl-C is saved and shown. Raises CommandError.
+    """
+    _check_outputs(outputs)
+    _require_packages(options, outputs)
+    with _value_errors():
+        check_options(options)
+        earlier = load_results(options.baseline) if options.baseline else None
+        sets = [
+            load_prompt_set(name, options.num_prompts, options.seed, options.revisions) for name in options.datasets
+        ]
+        plan = planned_runs(options, sets)
+    results = Results(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        environment=environment(),
+        settings=_settings(options),
+        prompt_sets=tuple(_info(one) for one in sets),
+        runs=(),
+        baseline=plan.baseline,
+    )
+    if earlier is not None:
+        with _value_errors():
+            results = with_baseline(results, earlier, str(options.baseline))
+    try:
+        with _display(console) as display, contextlib.closing(plan.runs(display)) as runs:
+            for run in runs:
+                results = replace(results, runs=(*results.runs, run))
+                if outputs.json:
+                    save_results(results, outputs.json)
+    except KeyboardInterrupt:
+        results = replace(results, notes=(*results.notes, "Interrupted before the next run had begun."))
+        _finish(results, outputs, console)
+        return INTERRUPTED
+    except EngineFailedError as error:
+        _finish(results, outputs, console)
+        show_log_tail(console, error.log)
+        raise CommandError(f"{error}. Its whole log: {error.log}") from error
+    _finish(results, outputs, console)
+    return INTERRUPTED if results.interrupted else int(_any_run_failed(results.runs))
+
+
+def render_saved(files: list[Path], baseline: Path | None, outputs: Outputs, console: Console) -> None:
+    """The table and the report of earlier results, several of them side by side. Raises CommandError."""
+    _check_outputs(outputs)
+    _require(("pydantic",), "bench")
+    with _value_errors():
+        results = merged_results([(load_results(file), str(file)) for file in files])
+        if baseline:
+            results = with_baseline(results, load_results(baseline), str(baseline))
+    _finish(results, outputs, console)
+
+
+def _finish(results: Results, outputs: Outputs, console: Console) -> None:
+    show_results(results, console)
+    if outputs.json:
+        save_results(results, outputs.json)
+        console.print(f"results: {outputs.json}", highlight=False, soft_wrap=True)
+    if outputs.report:
+        _require(("jinja2", "matplotlib"), "bench")
+        from vllm_dflash.benchmark.report.page import write_report
+
+        write_report(results, outputs.report)
+        console.print(f"report: {outputs.report}", highlight=False, soft_wrap=True)
+
+
+def _any_run_failed(runs: tuple[Run, ...]) -> bool:
+    return any(all(record.error for record in run.requests) for run in runs)
+
+
+def _settings(options: BenchOptions) -> Settings:
+    return Settings(
+        options.backend, options.max_tokens, options.temperature, options.top_p, options.thinking, options.chat,
+        options.num_prompts, options.warm_up, options.seed, options.timeout_seconds,
+    )  # fmt: skip
+
+
+def _info(prompt_set: PromptSet) -> PromptSetInfo:
+    return PromptSetInfo(prompt_set.name, prompt_set.source, prompt_set.revision, len(prompt_set.conversations))
+
+
+def _check_outputs(outputs: Outputs) -> None:
+    """Before an hour of measuring, not after it."""
+    for flag, path in (("--output", outputs.json), ("--report", outputs.report)):
+        if path and path.is_dir():
+            raise CommandError(f"{flag} {path}: is a directory, a file is needed")
+        if path and not path.absolute().parent.is_dir():
+            raise CommandError(f"{flag} {path}: there is no directory {path.absolute().parent}")
+
+
+def _require_packages(options: BenchOptions, outputs: Outputs) -> None:
+    _require(("httpx", "prometheus_client", "pydantic"), "bench")
+    if outputs.report:
+        _require(("jinja2", "matplotlib"), "bench")
+    if options.backend not in SERVERS:
+        _require(("torch",), "hf")
+
+
+def _require(packages: tuple[str, ...], extra: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"{', '.join(missing)} not installed: pip install 'vllm-dflash[{extra}]'")
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+class _ProgressDisplay(Display):
+    """One bar: the run under way and its requests."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None, failed=0)
+
+    def start(self, system: str, what: str, concurrency: int, num_requests: int) -> None:
+        at = f" at {concurrency}" if concurrency else ""
+        self.progress.reset(self.task, total=num_requests or None, description=f"{system}: {what}{at}", failed=0)
+
+    def record(self, record: RequestRecord) -> None:
+        failed = self.progress.tasks[0].fields["failed"] + (record.error is not None)
+        self.progress.update(self.task, advance=1, failed=failed)
+
+
+@contextlib.contextmanager
+def _display(console: Console) -> Iterator[Display]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("requests, {task.fields[failed]} failed"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _ProgressDisplay(progress)

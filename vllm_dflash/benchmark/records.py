@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark observes: one record a request, one run a system, prompt set and concurrency. Plain data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_dflash.benchmark.metrics import AcceptanceCounts
+
+
+@dataclass(frozen=True)
+class RequestError:
+    """Why a request gave no measure. kind: one word, to count by; detail: for people."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ResponseAcceptance:
+    """One response's own speculation figures, as its backend reports them.
+
+    mean_length: tokens a verification step, bonus token included.
+    drafts, accepted, drafted: counts behind it, where they are told.
+    """
+
+    mean_length: float
+    drafts: int | None = None
+    accepted: int | None = None
+    drafted: int | None = None
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request: a turn of a conversation. Times are seconds since the run's start.
+
+    first_token, last_token: when the first and the last chunk with tokens came; None if none came.
+    output_tokens: as the backend counts them, never the number of chunks.
+    """
+
+    name: str
+    turn: int
+    sent: float
+    ended: float
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int = 0
+    acceptance: ResponseAcceptance | None = None
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """An engine's own counters, since its start or, subtracted, over a run. None where it does not have one."""
+
+    acceptance: AcceptanceCounts | None = None
+    output_tokens: int | None = None
+    preemptions: int | None = None
+    prefix_cache_queries: int | None = None
+    prefix_cache_hits: int | None = None
+
+    def __sub__(self, earlier: Counters) -> Counters:
+        acceptance = self.acceptance
+        if acceptance is not None and earlier.acceptance is not None:
+            acceptance = acceptance - earlier.acceptance
+        return Counters(
+            acceptance,
+            _difference(self.output_tokens, earlier.output_tokens),
+            _difference(self.preemptions, earlier.preemptions),
+            _difference(self.prefix_cache_queries, earlier.prefix_cache_queries),
+            _difference(self.prefix_cache_hits, earlier.prefix_cache_hits),
+        )
+
+
+def _difference(now: int | None, then: int | None) -> int | None:
+    return None if now is None else now - (then or 0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All requests of one prompt set, sent to one system at one concurrency.
+
+    seconds: from the first request sent to the last one ended.
+    counters: over this run alone, warm-up left out; None if the system has none to read.
+    notes: what a reader of the numbers must know.
+    """
+
+    system: str
+    dataset: str
+    concurrency: int
+    seconds: float
+    requests: tuple[RequestRecord, ...]
+    counters: Counters | None = None
+    notes: tuple[str, ...] = ()
+    interrupted: bool = False
