@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_dflash.benchmark.clients.requests import Endpoint, Messages
 from vllm_dflash.benchmark.clients.server import Server, run_servers, served_model
 from vllm_dflash.benchmark.job import LoadJob
+from vllm_dflash.benchmark.offline_load import OWN_ARGUMENTS
 from vllm_dflash.benchmark.offline_runs import PLAIN, SYSTEMS, run_offline
 from vllm_dflash.benchmark.records import RequestRecord, Run
 from vllm_dflash.benchmark.sets import PromptSet
@@ -49,6 +50,7 @@ class BenchOptions:
     num_speculative_tokens: int | None = None
     dtype: str = "auto"
     systems: tuple[str, ...] = tuple(SYSTEMS)
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Display(Protocol):
@@ -93,6 +95,10 @@ def check_options(options: BenchOptions) -> None:
         raise ValueError(f"--concurrency {_listed(options.concurrencies)}: --backend transformers runs 1 at a time")
     if options.backend == "transformers" and options.num_speculative_tokens is not None:
         raise ValueError("--num-speculative-tokens: --backend transformers drafts whole blocks")
+    if options.engine_args and options.backend != "offline":
+        raise ValueError(f"--engine-args: are vLLM's LLM(...)'s, and --backend is {options.backend}")
+    if taken := sorted(set(OWN_ARGUMENTS) & set(options.engine_args)):
+        raise ValueError(f"--engine-args: {taken[0]} is set by the benchmark itself; see --help for its option")
     unknown = sorted(set(options.revisions) - set(options.datasets))
     if unknown:
         raise ValueError(f"--dataset-revision {unknown[0]}=...: no --dataset {unknown[0]} was given")
@@ -181,6 +187,7 @@ def _offline_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan:
         thinking=options.thinking,
         warm_up=options.warm_up,
         timeout_seconds=options.timeout_seconds,
+        engine_args=dict(options.engine_args),
     )
     systems = [SYSTEMS[name] for name in options.systems]
     logs = new_log_directory()

@@ -7,7 +7,7 @@ import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -98,6 +98,10 @@ def bench(
         list[System] | None,
         _option("Of --backend offline: plain, vLLM's own dflash, vllm_dflash. Default: all.", panel=ENGINE),
     ] = None,
+    engine_args: Annotated[
+        str | None,
+        _option("Of --backend offline: more arguments of vLLM's LLM(...).", metavar="JSON", panel=ENGINE),
+    ] = None,
     baseline: Annotated[
         Path | None, _option("An earlier --output to compare with.", metavar="JSON", panel=OUTPUT)
     ] = None,
@@ -148,6 +152,7 @@ def bench(
         num_speculative_tokens=num_speculative_tokens,
         dtype=dtype.value,
         systems=tuple(dict.fromkeys(one.value for one in system)) if system else tuple(SYSTEMS),
+        engine_args=_object(engine_args),
     )
     status = run_bench(options, outputs, shlex.join(["vllm-dflash", *sys.argv[1:]]), console)
     if status:
@@ -161,6 +166,20 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals and revision):
         raise CommandError(f"--dataset-revision {text}: NAME=COMMIT is needed, such as gsm8k=main")
     return name, revision
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    import json
+
+    from vllm_dflash.console import CommandError
+
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise CommandError(f"--engine-args {text}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CommandError(f'--engine-args {text}: a JSON object is needed, such as {{"max_model_len": 4096}}')
+    return found
 
 
 def _numbers(text: str) -> tuple[int, ...]:

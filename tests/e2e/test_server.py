@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
-import socket
-import subprocess
-import time
 
 import httpx
 import pytest
 
-from tests.e2e.engines import DRAFTER, TARGET, TIMEOUT_S, VLLM, environment, held_out_prompts, run_engine
+from tests.e2e.engines import TARGET, held_out_prompts, run_engine
+from tests.e2e.serving import serving
 
 pytestmark = pytest.mark.engine
 
@@ -21,42 +18,11 @@ NUM_REQUESTS, MAX_TOKENS = 8, 96
 ABORTED = 3
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A real server process, compiled as by default, with the two arguments a user gives (and fp32, for exact ids)."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "serve.log"
-    speculative = json.dumps({"method": "dflash", "model": str(DRAFTER)})
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [VLLM, "serve", str(TARGET), "--speculative-config", speculative, "--dtype", "float32",
-             "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"],
-            env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(url, process, log)
-        yield url, log
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-
-
-def wait_until_healthy(url, process, log):
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "\n".join(log.read_text().splitlines()[-30:])
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise TimeoutError("\n".join(log.read_text().splitlines()[-30:]))
+    """Compiled as by default."""
+    with serving(tmp_path_factory.mktemp("server")) as url_and_log:
+        yield url_and_log
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ COLUMNS = (
     ),
     Column("accepted", "acceptance rate: accepted / drafted tokens", lambda s: share(s.acceptance_rate)),
     Column("requests", "requests sent, failed ones included", lambda s: str(s.requests)),
-    Column("errors", "requests that failed, by kind", errors),
+    Column("errors", "requests that failed, by kind", errors, numeric=False),
     Column("prefix hits", "prompt tokens from the prefix cache", lambda s: share(s.prefix_cache_hit_rate)),
     Column("preempted", "requests preempted", lambda s: NONE if s.preemptions is None else str(s.preemptions)),
 )

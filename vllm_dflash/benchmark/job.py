@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_dflash.benchmark.metrics import AcceptanceCounts, tokens_per_second
@@ -91,6 +91,7 @@ class LoadJob:
     loads: conversations, and how many of them run at once.
     thinking: given to the chat template as enable_thinking; None leaves it out.
     warm_up: this many first turns of each load run before it, unmeasured.
+    engine_args: further arguments of vLLM's `LLM(...)`.
     """
 
     target: str
@@ -106,6 +107,7 @@ class LoadJob:
     thinking: bool | None = None
     warm_up: int = 0
     timeout_seconds: float = 600.0
+    engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

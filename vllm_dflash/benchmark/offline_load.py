@@ -23,6 +23,11 @@ from vllm_dflash.benchmark.sets.conversations import Conversation
 if TYPE_CHECKING:
     from vllm import LLM
 
+#: Arguments of `LLM(...)` that are the benchmark's own to set.
+OWN_ARGUMENTS = (
+    "model", "dtype", "disable_log_stats", "seed", "speculative_config", "per_request_spec_decode_metrics",
+)  # fmt: skip
+
 LoadMessage = Ready | RequestRecord | LoadFinished
 
 
@@ -48,13 +53,14 @@ def start_engine(job: LoadJob) -> LLM:
     if job.drafter:
         method = {"method": "dflash", "model": job.drafter, "num_speculative_tokens": job.num_speculative_tokens}
         speculation = {"speculative_config": method, "per_request_spec_decode_metrics": "summary"}
+    arguments = {"max_num_seqs": max(concurrency for _, concurrency in job.loads)} | job.engine_args
     return LLM(
         model=job.target,
         dtype=job.dtype,
-        max_num_seqs=max(concurrency for _, concurrency in job.loads),
         disable_log_stats=False,  # or there are no counters to read
         seed=job.seed,
         **speculation,
+        **arguments,
     )
 
 

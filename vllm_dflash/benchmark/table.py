@@ -3,28 +3,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_dflash.benchmark.columns import COLUMNS, NONE
+from vllm_dflash.benchmark.columns import COLUMNS, NONE, Column
+from vllm_dflash.benchmark.measures import Summary
 from vllm_dflash.benchmark.results import Results
+
+#: What the second of two tables starts with: the columns that tell rows apart stand in both.
+SECOND_TABLE = "AL pooled"
+IDENTIFYING = 3
 
 
 def show_results(results: Results, console: Console) -> None:
-    """One row a run, without columns that are empty everywhere; then what a reader must know."""
+    """One row a run, without columns that are empty everywhere; then what a reader must know.
+
+    Where the terminal is too narrow for one table there are two, one below the other.
+    """
     summaries = results.summaries
     used = [column for column in COLUMNS if any(column.value(summary) != NONE for summary in summaries)]
-    table = Table(title_justify="left", caption=caption(results), caption_justify="left")
-    for column in used:
-        table.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")
-    for summary in summaries:
-        style = "red" if summary.errors else None
-        table.add_row(*(Text(column.value(summary)) for column in used), style=style)
     if summaries:
-        console.print(table)
+        for table in _fitting_tables(used, summaries, console):
+            console.print(table)
+        console.print(Text(caption(results), style="dim"))
     for note in all_notes(results):
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _fitting_tables(columns: list[Column], summaries: Sequence[Summary], console: Console) -> list[Table]:
+    whole = _table(columns, summaries)
+    titles = [column.title for column in columns]
+    if console.measure(whole).maximum <= console.width or SECOND_TABLE not in titles:
+        return [whole]
+    cut = titles.index(SECOND_TABLE)
+    return [_table(columns[:cut], summaries), _table([*columns[:IDENTIFYING], *columns[cut:]], summaries)]
+
+
+def _table(columns: list[Column], summaries: Sequence[Summary]) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(
+            column.title, justify="right" if column.numeric else "left", no_wrap=column.numeric, overflow="fold"
+        )
+    for summary in summaries:
+        table.add_row(*(Text(column.value(summary)) for column in columns), style="red" if summary.errors else None)
+    return table
 
 
 def caption(results: Results) -> str:
