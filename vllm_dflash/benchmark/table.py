@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -13,15 +14,15 @@ from vllm_dflash.benchmark.columns import COLUMNS, NONE, Column
 from vllm_dflash.benchmark.measures import Summary
 from vllm_dflash.benchmark.results import Results
 
-#: What the second of two tables starts with: the columns that tell rows apart stand in both.
-SECOND_TABLE = "AL pooled"
+#: The first columns tell rows apart, so they stand in every table.
 IDENTIFYING = 3
+UNBOUNDED = 10_000
 
 
 def show_results(results: Results, console: Console) -> None:
     """One row a run, without columns that are empty everywhere; then what a reader must know.
 
-    Where the terminal is too narrow for one table there are two, one below the other.
+    Where the terminal is too narrow for one table there are several, one below the other.
     """
     summaries = results.summaries
     used = [column for column in COLUMNS if any(column.value(summary) != NONE for summary in summaries)]
@@ -34,12 +35,21 @@ def show_results(results: Results, console: Console) -> None:
 
 
 def _fitting_tables(columns: list[Column], summaries: Sequence[Summary], console: Console) -> list[Table]:
-    whole = _table(columns, summaries)
-    titles = [column.title for column in columns]
-    if console.measure(whole).maximum <= console.width or SECOND_TABLE not in titles:
-        return [whole]
-    cut = titles.index(SECOND_TABLE)
-    return [_table(columns[:cut], summaries), _table([*columns[:IDENTIFYING], *columns[cut:]], summaries)]
+    """As few as the terminal's width allows, each with at least one column of its own."""
+    same, rest = columns[:IDENTIFYING], columns[IDENTIFYING:]
+    tables: list[list[Column]] = [[*same, rest[0]]]
+    for column in rest[1:]:
+        wider = [*tables[-1], column]
+        if _width(_table(wider, summaries), console) <= console.width:
+            tables[-1] = wider
+        else:
+            tables.append([*same, column])
+    return [_table(table, summaries) for table in tables]
+
+
+def _width(table: Table, console: Console) -> int:
+    """Characters that it takes if nothing is folded."""
+    return Measurement.get(console, console.options.update(max_width=UNBOUNDED), table).maximum
 
 
 def _table(columns: list[Column], summaries: Sequence[Summary]) -> Table:

@@ -203,6 +203,16 @@ def test_saved_results_are_shown_again(tmp_path: Path) -> None:
     assert "2.40x" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.parametrize(("columns", "tables"), [("300", 1), ("120", 2), ("80", 4)])
+def test_a_narrow_terminal_gets_several_tables_with_whole_numbers(tmp_path: Path, columns: str, tables: int) -> None:
+    save_results(results(), tmp_path / "r.json")
+    output = CliRunner().invoke(app, ["bench", "--from", f"{tmp_path}/r.json"], env={"COLUMNS": columns}).output
+    assert output.count("┏") == tables
+    assert output.count("│ baseline │") == 4 * tables
+    for number in ("153.6", "65.0 / 79.7", "3.85", "40.7%"):
+        assert number in output
+
+
 def test_generate_with_a_template_of_the_given_tokenizer(prompts: str) -> None:
     from tests.e2e.engines import TARGET
 

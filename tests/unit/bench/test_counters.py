@@ -21,8 +21,8 @@ vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 12.0
 # TYPE vllm:spec_decode_num_accepted_tokens_total counter
 vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 5.0
 # TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="10"} 1.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="2"} 2.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="2"} 1.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 2.0
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 1.0
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="0"} 3.0
 # TYPE vllm:generation_tokens_total counter
@@ -38,7 +38,7 @@ vllm:prefix_cache_hits_total{engine="0",model_name="m"} 64.0
 OURS = """\
 # TYPE vllm_dflash:spec_decode_num_draft_tokens_per_pos_total counter
 vllm_dflash:spec_decode_num_draft_tokens_per_pos_total{engine="0",model_name="m",position="0"} 6.0
-vllm_dflash:spec_decode_num_draft_tokens_per_pos_total{engine="0",model_name="m",position="2"} 5.0
+vllm_dflash:spec_decode_num_draft_tokens_per_pos_total{engine="0",model_name="m",position="1"} 5.0
 """
 
 
@@ -52,6 +52,18 @@ def test_drafts_that_reach_a_position_are_read_where_they_are_counted() -> None:
     found = parse_counters(VLLM + OURS, "m").acceptance
     assert found is not None
     assert found.drafted_per_position == (6, 5, 0)
+
+
+def test_a_position_without_a_sample_was_never_reached() -> None:
+    gap = VLLM.replace('position="1"', 'position="3"')
+    found = parse_counters(gap + OURS, "m").acceptance
+    assert found is not None
+    assert found.accepted_per_position == (4, 0, 1, 2)
+    assert found.drafted_per_position == (6, 5, 0, 0)
+    before_any_draft = OURS.splitlines(keepends=True)[0]
+    found = parse_counters(VLLM + before_any_draft, "m").acceptance
+    assert found is not None
+    assert found.drafted_per_position == (0, 0, 0)
 
 
 def test_a_server_without_speculation_has_the_other_counters() -> None:

@@ -14,19 +14,22 @@ from vllm_dflash.benchmark.records import Counters
 
 SPECULATION = "vllm:spec_decode_num_"
 DRAFTED_PER_POSITION = "vllm_dflash:spec_decode_num_draft_tokens_per_pos"
-Samples = dict[str, dict[str, float]]  # by name of the counter and position; position "" where there is none
+Samples = dict[str, dict[int, float]]  # by name of the counter and position; 0 where a counter has no positions
 
 
 def parse_counters(text: str, model: str | None = None) -> Counters:
     """model: only the samples with this model_name, where a sample has one. Raises ValueError for another format."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    found: Samples = defaultdict(lambda: defaultdict(float))
+    found: Samples = {}
     for family in text_string_to_metric_families(text):
+        if family.type != "counter":
+            continue
+        counted = found.setdefault(family.name, defaultdict(float))  # empty before anything was counted
         for sample in family.samples:
             other_model = model is not None and sample.labels.get("model_name", model) != model
-            if family.type == "counter" and sample.name.endswith("_total") and not other_model:
-                found[family.name][sample.labels.get("position", "")] += sample.value
+            if sample.name.endswith("_total") and not other_model:
+                counted[int(sample.labels.get("position", 0))] += sample.value
     return Counters(
         acceptance=_acceptance(found),
         output_tokens=_single(found, "vllm:generation_tokens"),
@@ -40,21 +43,20 @@ def _single(found: Samples, name: str) -> int | None:
     return int(sum(found[name].values())) if name in found else None
 
 
-def _positions(found: Samples, name: str) -> tuple[int, ...] | None:
-    if name not in found:
-        return None
-    return tuple(int(found[name][position]) for position in sorted(found[name], key=int))
-
-
 def _acceptance(found: Samples) -> AcceptanceCounts | None:
     """None for a server that does not speculate."""
     drafts = _single(found, f"{SPECULATION}drafts")
     drafted = _single(found, f"{SPECULATION}draft_tokens")
     accepted = _single(found, f"{SPECULATION}accepted_tokens")
-    per_position = _positions(found, f"{SPECULATION}accepted_tokens_per_pos")
-    if drafts is None or drafted is None or accepted is None or per_position is None:
+    per_position = found.get(f"{SPECULATION}accepted_tokens_per_pos")
+    if drafts is None or drafted is None or accepted is None or not per_position:
         return None
-    reached = _positions(found, DRAFTED_PER_POSITION)
-    if reached is not None:  # a position that was never drafted may have no sample yet
-        reached = (reached + (0,) * len(per_position))[: len(per_position)]
-    return AcceptanceCounts(drafts, drafted, accepted, per_position, reached)
+    positions = range(max(per_position) + 1)
+    reached = found.get(DRAFTED_PER_POSITION)
+    return AcceptanceCounts(
+        drafts,
+        drafted,
+        accepted,
+        tuple(int(per_position.get(position, 0)) for position in positions),
+        None if reached is None else tuple(int(reached.get(position, 0)) for position in positions),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_dflash.benchmark.measures import Summary
 from vllm_dflash.benchmark.metrics import AcceptanceCounts
-from vllm_dflash.benchmark.report.figures import INK, MUTED, Figure, colour, drawing, to_svg
+from vllm_dflash.benchmark.report.figures import INK, MUTED, PAPER, Figure, colour, drawing, to_svg
 from vllm_dflash.benchmark.results import Results
 
 WIDTH, PANEL_HEIGHT = 10.4, 2.8  # inches
@@ -174,7 +174,7 @@ def speedup(results: Results) -> Figure | None:
     if not known:
         return None
     series = _in_order((s.system, s.concurrency) for s in known)
-    systems, shades = {system for system, _ in series}, _colours(series, results)
+    systems = {system for system, _ in series}
     sets = _in_order(s.dataset for s in known)
     height = 0.27 * len(known) + 0.35 * len(sets) + 0.5
     words = "; ".join(f"{s.system}, {s.dataset} at {s.concurrency}: {s.speedup:.2f}x" for s in known)
@@ -187,10 +187,12 @@ def speedup(results: Results) -> Figure | None:
             place = sets.index(summary.dataset) + (index - (len(series) - 1) / 2) * width
             at = f"{summary.concurrency} at once"
             label = at if len(systems) == 1 else f"{summary.system}, {at}"
-            axes.barh(place, summary.speedup, width * 0.9, color=shades[index], label=label)
+            shade, strength = system_colour(summary.system, results), _strength(summary.concurrency, series)
+            axes.barh(place, summary.speedup, width * 0.9, color=PAPER)  # or the grid shines through
+            axes.barh(place, summary.speedup, width * 0.9, color=shade, alpha=strength, label=label)
             axes.annotate(
                 f"{summary.speedup:.2f}x", (summary.speedup or 0.0, place), xytext=(4, 0), textcoords="offset points",
-                va="center", color=INK, fontsize=8.5,
+                va="center", color=INK, fontsize=8.5, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
         axes.axvline(1.0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(sets)), sets)
@@ -203,6 +205,12 @@ def speedup(results: Results) -> Figure | None:
         svg = to_svg(canvas, "speedup", f"Speed-up over {baseline}. {words}")
     caption = f"Output tokens/s divided by those of {baseline}, on the same prompts at the same concurrency."
     return Figure("Speed-up by prompt set", words, caption, svg)
+
+
+def _strength(concurrency: int, series: Sequence[tuple[str, int]]) -> float:
+    """How solid a bar is: the more requests at once, the more."""
+    levels = sorted({level for _, level in series})
+    return 1.0 - 0.6 * (len(levels) - 1 - levels.index(concurrency)) / max(len(levels) - 1, 1)
 
 
 def _percent(value: float, _: int) -> str:
