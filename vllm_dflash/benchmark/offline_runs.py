@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from vllm_dflash.benchmark.engine_process import engine_child, engine_environment, receive
+from vllm_dflash.benchmark.engine_process import EngineFailedError, engine_child, engine_environment, receive
 from vllm_dflash.benchmark.job import LoadFinished, LoadJob, Ready
 from vllm_dflash.benchmark.notes import with_notes
 from vllm_dflash.benchmark.records import RequestRecord, Run
@@ -37,7 +37,8 @@ def run_offline(
 ) -> Generator[Run, None, None]:
     """A run for each system, prompt set and concurrency. Ctrl-C gives what there is of the run under way, and ends.
 
-    job: with its loads left empty. Raises EngineFailedError if an engine's process ends early.
+    job: with its loads left empty. Raises EngineFailedError, after what there is of the run under way, if an engine's
+    process ends early.
     """
     plan = [(prompt_set, concurrency) for prompt_set in prompt_sets for concurrency in concurrencies]
     loads = tuple((prompt_set.conversations, concurrency) for prompt_set, concurrency in plan)
@@ -47,10 +48,12 @@ def run_offline(
         own = replace(job, drafter=drafter, num_speculative_tokens=k, loads=loads)
         log = logs / f"{system.replace(' ', '-').replace(chr(39), '')}.log"
         with closing(_run_system(own, system, plan, log, on_start, on_record)) as runs:
+            interrupted = False
             for run in runs:
                 yield run
-                if run.interrupted:
-                    return
+                interrupted = run.interrupted  # the last one then, and an engine's failure is raised behind it
+        if interrupted:
+            return
 
 
 def _run_system(
@@ -76,9 +79,12 @@ def _run_system(
                 while not isinstance(message := receive(child, connection, log), LoadFinished):
                     records.append(message)
                     on_record(message)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, EngineFailedError) as end:
                 seconds = time.perf_counter() - started
+                child.terminate()  # or it would be given time to finish its job
                 yield Run(system, prompt_set.name, concurrency, seconds, tuple(records), interrupted=True)
+                if isinstance(end, EngineFailedError):
+                    raise
                 return
             yield with_notes(
                 Run(system, prompt_set.name, concurrency, message.seconds, tuple(records), message.counters)

@@ -78,6 +78,6 @@ def all_notes(results: Results) -> list[str]:
     """Of the whole and of its runs, each once."""
     found = list(results.notes)
     if results.interrupted:
-        found.insert(0, "Interrupted: the last run is not whole, and those that would have followed are missing.")
+        found.insert(0, "Interrupted: the last run is not whole, and runs that would have followed are missing.")
     found += [note for run in results.runs for note in run.notes]
     return list(dict.fromkeys(found))
