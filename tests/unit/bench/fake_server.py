@@ -126,6 +126,24 @@ def truncated(handler: Handler, body: dict[str, Any]) -> None:
     handler.event(chunk("a", 1))
 
 
+def cut(handler: Handler, body: dict[str, Any]) -> None:
+    """Less than the length it had promised, so that the transport itself breaks."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "5000")
+    handler.end_headers()
+    handler.event(chunk("a", 1))
+
+
+def cut_before_a_token(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "5000")
+    handler.end_headers()
+
+
+def hang_up(handler: Handler, body: dict[str, Any]) -> None:
+    """Not even a status."""
+
+
 def no_choices_field(handler: Handler, body: dict[str, Any]) -> None:
     handler.start_stream()
     handler.event({"id": "x"})
