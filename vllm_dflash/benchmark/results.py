@@ -152,6 +152,10 @@ def merged_results(loaded: Sequence[tuple[Results, str]]) -> Results:
         notes += _differences(first, results, path, "The run")
     prompt_sets = {info.name: info for results, _ in reversed(loaded) for info in results.prompt_sets}
     baselines = [results for results, _ in loaded if results.baseline]
+    if len(names := dict.fromkeys(str(results.baseline) for results in baselines)) > 1:
+        notes.append(
+            f"Speed-ups are over {next(iter(names))} in all of these results, not over {', '.join(names)} each."
+        )
     return replace(
         first,
         runs=tuple(runs),

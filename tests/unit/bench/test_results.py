@@ -92,3 +92,9 @@ def test_results_side_by_side_keep_the_same_system_apart() -> None:
     assert systems[:2] == ["baseline", "server"]
     assert systems[8:10] == ["baseline (b)", "server (b)"]
     assert merged_results([(results(), "a.json")]) == results()
+
+
+def test_results_with_baselines_of_their_own_are_told_to_share_one() -> None:
+    merged = merged_results([(results(), "a.json"), (replace(results(), baseline="server"), "b.json")])
+    assert merged.baseline == "baseline"
+    assert merged.notes == ("Speed-ups are over baseline in all of these results, not over baseline, server each.",)

@@ -92,7 +92,12 @@ def page(results: Results, scheme: str = "") -> str:
 def headline(results: Results) -> str:
     systems = dict.fromkeys(run.system for run in results.runs)
     sets = dict.fromkeys(info.name for info in results.prompt_sets)
-    return f"{' and '.join(systems) or 'Nothing measured'} on {', '.join(sets)}"
+    return f"{_listed(list(systems)) or 'Nothing measured'} on {_listed(list(sets))}"
+
+
+def _listed(names: list[str]) -> str:
+    """a, b and c"""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def tiles(summaries: Iterable[Summary]) -> list[tuple[str, str]]:

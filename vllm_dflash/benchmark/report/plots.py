@@ -222,7 +222,7 @@ def _in_order(values: Any) -> list[Any]:
 
 
 def _legend(canvas: Any, axes: Any) -> None:
-    """Above the plot, each label once; none for a single series."""
+    """Above the plot and its panels' titles, each label once; none for a single series."""
     handles: dict[str, Any] = {}
     for one in canvas.axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
@@ -230,6 +230,6 @@ def _legend(canvas: Any, axes: Any) -> None:
     if len(handles) > 1:
         canvas.legend(
             list(handles.values()), list(handles), loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3,
-            bbox_transform=axes.transAxes if len(canvas.axes) == 1 else canvas.transFigure, borderpad=0.2,
+            bbox_transform=canvas.transFigure if axes.get_title(loc="left") else axes.transAxes, borderpad=0.2,
             handlelength=1.2, columnspacing=1.6,
         )  # fmt: skip
