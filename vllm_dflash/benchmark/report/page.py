@@ -63,13 +63,12 @@ def write_report(results: Results, path: Path) -> None:
     write_whole(path, page(results))
 
 
-def page(results: Results, scheme: str = "") -> str:
-    """The page's text. scheme: CSS to fix light or dark; by default the reader's own preference decides."""
+def page(results: Results) -> str:
+    """The page's text. Light or dark is the reader's own preference."""
     from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
     from markupsafe import Markup
 
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
     summaries = results.summaries
     figures = [asdict(figure) | {"svg": Markup(figure.svg)} for figure in all_figures(results)]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -85,7 +84,6 @@ def page(results: Results, scheme: str = "") -> str:
         facts=facts(results),
         meanings=MEANINGS,
         version=vllm_dflash.__version__,
-        scheme=Markup(scheme),
     )
 
 
