@@ -29,7 +29,8 @@ from tests.helpers import (
 )
 from vllm_dflash.compat import engine_args as engine_args_module
 from vllm_dflash.compat.engine_args import planned_nodes
-from vllm_dflash.compat.ownership import draft_tree, drafts_here
+from vllm_dflash.compat.metrics.fallbacks import Fallback
+from vllm_dflash.compat.ownership import draft_tree, drafts_here, startup_fallbacks
 from vllm_dflash.logs import logger
 
 
@@ -153,6 +154,7 @@ def test_recurrent_targets_keep_the_chain(
     assert config.num_speculative_tokens == 15
     assert draft_tree(SimpleNamespace(speculative_config=config)) is None
     assert "has recurrent state, so chains are drafted" in caplog.text
+    assert startup_fallbacks(SimpleNamespace(speculative_config=config)) == (Fallback.HYBRID_TARGET,)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 import torch
 
 from vllm_dflash.budget import StepCosts
+from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.trees import budget as budget_module
 from vllm_dflash.compat.trees.budget import PROBE_STEPS, TreeBudget
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
@@ -36,7 +37,7 @@ def made_budget(verify_ms: list[float], draft_ms: float = 0.1) -> TreeBudget:
         num_computed_tokens_np=np.array([4, 4]),
         prefill_len=SimpleNamespace(np=np.array([4, 4])),
     )
-    made = TreeBudget(2, NODES, CPU)
+    made = TreeBudget(2, NODES, CPU, StepMeter.on(CPU))
     made.begin(states, torch.zeros(3, dtype=torch.int32), 1, max_total_logits=100)
     table = np.array(verify_ms)
     made.costs = StepCosts(table, np.full(3, draft_ms), 0.0, np.zeros(len(table)))
@@ -319,3 +320,13 @@ def test_steps_that_were_not_timed() -> None:
 def test_assumed_costs_are_flat_and_then_proportional() -> None:
     assumed = assumed_costs(512, 4)
     assert assumed.verify_ms[[1, 128, 256, 512]].tolist() == [1.0, 1.0, 2.0, 4.0]
+
+
+def test_break_even_is_the_ratio_of_two_steps(one_rank: None) -> None:
+    """Two requests: 2 ms without drafts; 2.5 ms for the six rows that pay, and 0.5 ms of drafting."""
+    budget = made_budget([2.0] * 3 + [2.5] * 4 + [99.0] * 6, draft_ms=0.5)
+    step(budget, {"a": 0, "b": 0})
+    assert budget.break_even is None
+    assert step(budget, {"a": 4, "b": 4}) == 4
+    assert budget.break_even == pytest.approx(1.5)
+    assert budget.num_reqs == 2

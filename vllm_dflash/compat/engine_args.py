@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
+from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.ownership import claim, draft_tree, drafts_here, plan_drafting_slots
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
@@ -63,7 +64,9 @@ def create_speculative_config(
     if requested != num_speculative_tokens:
         self.speculative_config = {**(self.speculative_config or {}), "num_speculative_tokens": num_speculative_tokens}
     speculative = make(self, target_model_config, target_parallel_config)
-    claim(speculative, config, _draft_vocabulary(options, target_model_config), num_nodes, options.tree == AUTO)
+    fallbacks = [Fallback.HYBRID_TARGET] if options.tree is not None and num_nodes is None else []
+    vocabulary = _draft_vocabulary(options, target_model_config)
+    claim(speculative, config, vocabulary, num_nodes, options.tree == AUTO, fallbacks)
     return speculative
 
 

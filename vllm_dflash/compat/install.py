@@ -23,6 +23,8 @@ def install() -> None:
     register_post_import_hook(_runner_v2, "vllm.v1.worker.gpu.model_runner")
     register_post_import_hook(_scheduler, "vllm.v1.core.sched.scheduler")
     register_post_import_hook(_rejection_cpu, "vllm.v1.sample.rejection_sampler")
+    register_post_import_hook(_prometheus, "vllm.v1.metrics.loggers")
+    register_post_import_hook(_prometheus_ray, "vllm.v1.metrics.ray_wrappers")
 
 
 def _engine_args(module: ModuleType) -> None:
@@ -46,24 +48,39 @@ def _speculative(module: ModuleType) -> None:
 
 def _runner_v1(module: ModuleType) -> None:
     from vllm_dflash.compat import select_v1
+    from vllm_dflash.compat.metrics import runners
 
     select_v1.install(module)
+    runners.install_v1(module)
 
 
 def _runner_v2(module: ModuleType) -> None:
-    from vllm_dflash.compat import select_v2, verified_nodes
+    from vllm_dflash.compat import select_v2
+    from vllm_dflash.compat.metrics import runners
 
     select_v2.install(module)
-    verified_nodes.install_runner(module)
+    runners.install_v2(module)
 
 
 def _scheduler(module: ModuleType) -> None:
-    from vllm_dflash.compat import verified_nodes
+    from vllm_dflash.compat.metrics import scheduler
 
-    verified_nodes.install_scheduler(module)
+    scheduler.install(module)
 
 
 def _rejection_cpu(module: ModuleType) -> None:
     from vllm_dflash.compat import rejection_cpu
 
     rejection_cpu.install(module)
+
+
+def _prometheus(module: ModuleType) -> None:
+    from vllm_dflash.compat.metrics import prometheus
+
+    prometheus.install(module)
+
+
+def _prometheus_ray(module: ModuleType) -> None:
+    from vllm_dflash.compat.metrics import prometheus
+
+    prometheus.install_ray(module)

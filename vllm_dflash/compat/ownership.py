@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
+    from vllm_dflash.compat.metrics.fallbacks import Fallback
     from vllm_dflash.config import DFlashConfig
 
 #: Set on the drafter's Hugging Face config, which travels with vLLM's configuration.
@@ -16,6 +17,7 @@ _MARK = "drafted_by_vllm_dflash"
 _VOCABULARY = "vllm_dflash_draft_vocabulary"
 _TREE = "vllm_dflash_draft_tree"
 _SLOTS = "vllm_dflash_drafting_slots"
+_FALLBACKS = "vllm_dflash_startup_fallbacks"
 
 
 class TreeShape(NamedTuple):
@@ -33,9 +35,11 @@ def claim(
     draft_vocabulary: Sequence[int] | None = None,
     num_tree_nodes: int | None = None,
     is_auto: bool = False,
+    fallbacks: Sequence[Fallback] = (),
 ) -> None:
     """Mark an engine's speculative config: this plugin drafts for it, all tokens or those of `draft_vocabulary`,
-    chains or trees of `num_tree_nodes`, or, if `is_auto`, of up to so many.
+    chains or trees of `num_tree_nodes`, or, if `is_auto`, of up to so many. `fallbacks`: where it does less than was
+    asked for.
 
     Also says which of the target's layers to tap, where both of vLLM's runners look first, on every pipeline rank.
     """
@@ -47,12 +51,17 @@ def claim(
         depths = min(num_tree_nodes, config.num_speculative_tokens)
         tree = (num_tree_nodes, depths, min(num_tree_nodes, config.vocab_size), is_auto)
     setattr(hf_config, _TREE, tree)
+    setattr(hf_config, _FALLBACKS, tuple(fallbacks))
     hf_config.eagle_aux_hidden_state_layer_ids = config.aux_hidden_state_layer_ids
 
 
 def drafts_here(vllm_config: VllmConfig) -> bool:
     """Whether this plugin drafts for an engine."""
-    speculative = vllm_config.speculative_config
+    return is_ours(vllm_config.speculative_config)
+
+
+def is_ours(speculative: SpeculativeConfig | None) -> bool:
+    """The same, of an engine's speculative config."""
     if speculative is None or speculative.method != "dflash":
         return False
     return getattr(speculative.draft_model_config.hf_config, _MARK, False) is True
@@ -66,8 +75,19 @@ def draft_vocabulary(vllm_config: VllmConfig) -> tuple[int, ...] | None:
 
 def draft_tree(vllm_config: VllmConfig) -> TreeShape | None:
     """The draft trees of an engine of ours; None: chains."""
-    shape = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _TREE)
+    return tree_shape(vllm_config.speculative_config)
+
+
+def tree_shape(speculative: SpeculativeConfig) -> TreeShape | None:
+    """The same, of an engine's speculative config."""
+    shape = getattr(speculative.draft_model_config.hf_config, _TREE)
     return None if shape is None else TreeShape(*shape)
+
+
+def startup_fallbacks(vllm_config: VllmConfig) -> tuple[Fallback, ...]:
+    """What an engine of ours does not do although it was asked for, known before it starts."""
+    fallbacks: tuple[Fallback, ...] = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _FALLBACKS)
+    return fallbacks
 
 
 def plan_drafting_slots(vllm_config: VllmConfig, num_slots: int) -> None:

@@ -15,6 +15,9 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.compat.draft_attention import DraftAttention
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
+from vllm_dflash.compat.metrics.meter import StepMeter
+from vllm_dflash.compat.metrics.report import StepReport
+from vllm_dflash.compat.ownership import startup_fallbacks
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import BlockInputs, DFlashProposer, StepInputs
@@ -37,6 +40,9 @@ class V1Adapter(SpecDecodeBaseProposer):
         self.supports_mm_inputs = False  # the block's rows are text, whatever the context holds
         draft_config = self.draft_model_config
         self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
+        self.meter = StepMeter.on(device)
+        for reason in startup_fallbacks(vllm_config):
+            self.meter.count(reason)
 
     def _warn_if_multimodal(self) -> None:
         """Nothing to warn of."""
@@ -75,6 +81,7 @@ class V1Adapter(SpecDecodeBaseProposer):
         slot_mappings: Any = None,
     ) -> torch.Tensor:
         """Draft tokens [R, K]. Called by the runner after sampling."""
+        self.meter.begin_draft()
         num_reqs = common_attn_metadata.batch_size()
         tables = self.runner.input_batch.block_table
         step = StepInputs(
@@ -94,7 +101,12 @@ class V1Adapter(SpecDecodeBaseProposer):
         drafts = self.proposer.propose(
             step, num_speculative_tokens, self._build_attention_metadata, self._num_tokens_across_dp
         )
+        self.meter.end_draft(has_drafted=num_speculative_tokens > 0)
         return drafts.token_ids
+
+    def report(self) -> StepReport:
+        """What the step's metrics are. Called by the runner after drafting."""
+        return self.meter.report(budget=None, break_even=None)
 
     def dummy_run(
         self,

@@ -24,7 +24,10 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_dflash.compat.draft_attention import DraftAttention
 from vllm_dflash.compat.draft_graphs import DraftGraphs
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
-from vllm_dflash.compat.ownership import draft_tree
+from vllm_dflash.compat.metrics.fallbacks import Fallback
+from vllm_dflash.compat.metrics.meter import StepMeter
+from vllm_dflash.compat.metrics.report import BudgetInForce, StepReport
+from vllm_dflash.compat.ownership import draft_tree, startup_fallbacks
 from vllm_dflash.compat.trees.budget import TreeBudget
 from vllm_dflash.compat.trees.drafting import TreeDrafting
 from vllm_dflash.config import DFlashConfig
@@ -45,11 +48,14 @@ class V2Adapter(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         draft_config = self.draft_model_config
         self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
+        self.meter = StepMeter.on(device)
+        for reason in startup_fallbacks(vllm_config):
+            self.meter.count(reason)
         shape = draft_tree(vllm_config)
         self.trees = TreeDrafting(shape, self.max_num_reqs, self.max_num_tokens, device) if shape else None
         self.budget: TreeBudget | None = None
         if shape and shape.is_auto:
-            self.budget = TreeBudget(self.max_num_reqs, shape.num_nodes, device)
+            self.budget = TreeBudget(self.max_num_reqs, shape.num_nodes, device, self.meter)
             self.enable_adaptive_verification: Any = self.budget  # what the runner takes it from
         # Also the rows that are read of a verification: of a tree, a way down.
         self.num_query_per_req = 1 + (shape.num_depths if shape else self.num_speculative_steps)
@@ -78,6 +84,7 @@ class V2Adapter(DraftModelSpeculator):
         """Learn which KV-cache groups hold the draft layers, and make their metadata builders."""
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         if self.trees:
+            model_state.meter = self.meter
             layers = self.vllm_config.compilation_config.static_forward_context
             self.trees.bind(model_state.trees, {name: layers[name] for name in self.target_attn_layer_names})
         if self.budget:
@@ -112,6 +119,7 @@ class V2Adapter(DraftModelSpeculator):
                 "--attention-backend to another one",
                 self.attn_cg_support.min_cg_attn_backend,
             )
+            self.meter.count(Fallback.EAGER_BACKEND)
             full = False
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         own_sizes = self.trees is not None
@@ -166,6 +174,7 @@ class V2Adapter(DraftModelSpeculator):
     ) -> torch.Tensor:
         """Draft tokens [R, K]. Called by the runner after sampling."""
         assert aux_hidden_states, "the target returned no hidden states of inner layers"
+        self.meter.begin_draft()
         num_reqs, num_rows = input_batch.num_reqs, input_batch.num_tokens
         if skip_attn_for_dummy_run:
             return self._profile(aux_hidden_states, num_reqs, num_rows)
@@ -204,7 +213,25 @@ class V2Adapter(DraftModelSpeculator):
             block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
             self._keep(self.proposer.draft(block, self._build_metadata(block), num_tokens_across_dp))
+        if not dummy_run:
+            self._count(drafts, has_graph=desc.cg_mode == CUDAGraphMode.FULL)
         return self.draft_tokens[:num_reqs]
+
+    def _count(self, drafts: bool, has_graph: bool) -> None:
+        """The step for the metrics."""
+        self.meter.end_draft(drafts)
+        if drafts and not has_graph and self.graphs is not None and self.graphs.needs_capture():
+            self.meter.count(Fallback.NO_GRAPH)
+        if self.budget is not None and not self.budget.drafts:
+            self.meter.count(Fallback.DOES_NOT_PAY)
+
+    def report(self) -> StepReport:
+        """What the step's metrics are. Called by the runner after drafting."""
+        budget = self.budget
+        if budget is None:
+            return self.meter.report(budget=None, break_even=None)
+        in_force = BudgetInForce(budget.num_verified, budget.num_reqs)
+        return self.meter.report(in_force, budget.break_even)
 
     def _replay(
         self,

@@ -25,6 +25,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dflash.budget import Choice, StepCosts, choose, even_shares
+from vllm_dflash.compat.metrics.fallbacks import Fallback
+from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
 from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
 from vllm_dflash.compat.trees.overhead import Overhead
@@ -44,10 +46,13 @@ _LOG_SECONDS = 30.0
 class TreeBudget:
     """What the V2 runner takes for its adaptive verification."""
 
-    def __init__(self, max_num_reqs: int, num_nodes: int, device: torch.device) -> None:
-        self.num_nodes, self.device = num_nodes, device
+    def __init__(self, max_num_reqs: int, num_nodes: int, device: torch.device, meter: StepMeter) -> None:
+        self.num_nodes, self.device, self._meter = num_nodes, device, meter
         self.drafts = True  # whether the step under way drafts
         self.costs: StepCosts | None = None
+        self.num_reqs = 0  # of the step under way
+        #: Acceptance length at which the last step of verifications alone was worth its time; None: there was none yet.
+        self.break_even: float | None = None
         self._has_drafts = False  # whether the step before did
         self._likelihoods = HostLikelihoods(max_num_reqs, num_nodes, device)
         self._overhead = Overhead(overlaps=False)
@@ -113,6 +118,7 @@ class TreeBudget:
         costs = self._costs_now()
         planned = [len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req]
         num_reqs, num_rows, self._num_planned = len(planned), sum(num_tokens_per_req.values()), sum(planned)
+        self.num_reqs = num_reqs
         if self._settled is not None and self._settled.holds(num_reqs, num_rows, self._num_planned):
             self._chosen, self.drafts = self._num_planned, True
             self._overhead.note(self._settled.gpu_ms, drafts=True)
@@ -144,6 +150,9 @@ class TreeBudget:
         if num_others == num_reqs:
             self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
             self._log.note(num_reqs, self._chosen, later, self.drafts)
+            if self._chosen:
+                plain_ms = costs.step_ms(num_reqs, num_reqs, context, drafts=False)
+                self.break_even = costs.step_ms(num_rows, num_reqs, context, drafts=True) / plain_ms
         return num_rows
 
     def _room(self, num_reqs: int, num_others: int) -> int:
@@ -214,6 +223,7 @@ class TreeBudget:
     def _costs_now(self) -> StepCosts:
         if self.costs is None:
             logger.warning("vllm_dflash: without CUDA graphs steps are not timed, so their costs are assumed")
+            self._meter.count(Fallback.ASSUMED_COSTS)
             self.costs = assumed_costs(self._req_states.max_num_batched_tokens, self._req_states.max_num_reqs)
         if self._costs_in_force is None or self._num_steps % _OVERHEAD_STEPS == 0:
             overheads_ms, host_ms = get_tp_group().broadcast_object(self._overhead.ms(), src=0)

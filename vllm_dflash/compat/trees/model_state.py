@@ -23,6 +23,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_dflash.compat.metrics.fallbacks import Fallback
+from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.compat.trees import FLAG
 from vllm_dflash.compat.trees.attention import use_tree_attention
@@ -56,11 +58,15 @@ class TreeModelState(DefaultModelState):
         self.trees = TreeStore(self.max_num_reqs, self.max_num_tokens, shape, device)
         use_tree_attention(model, self.trees)
         self.all_as_chain = False
+        self.meter: StepMeter | None = None  # the adapter's, which comes with the caches
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request takes a row of the state."""
         super().add_request(req_index, new_req_data)
-        self.trees.begin(req_index, self.all_as_chain or depends_on_path(new_req_data.sampling_params))
+        by_sampling = depends_on_path(new_req_data.sampling_params)
+        self.trees.begin(req_index, self.all_as_chain or by_sampling)
+        if self.meter is not None and (self.all_as_chain or by_sampling):
+            self.meter.count(Fallback.CHAIN_SAMPLING if by_sampling else Fallback.CHAIN_LOGITS_PROCESSOR)
 
     def prepare_attn(
         self,
