@@ -233,6 +233,23 @@ def collect(
         run_collect(logs, output, max_prompts, overwrite, Console())
 
 
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A running `vllm serve`: http://localhost:8000.")],
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds from one look to the next.")] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one screen, of two looks an interval apart, and end.")
+    ] = False,
+) -> None:
+    """Watch a running server: throughput, acceptance by position, trees, caches, fall-backs. Ctrl-C ends it."""
+    with _plain_errors():
+        from rich.console import Console
+
+        from vllm_dflash.top.command import run_top
+
+        run_top(url, interval, once, Console())
+
+
 app.command()(_plain_errors()(bench))
 
 

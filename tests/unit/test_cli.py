@@ -54,7 +54,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[EngineJob]]:
 def test_help_lists_only_what_works() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert {"bench", "collect", "demo", "doctor", "generate", "train"} == {
+    assert {"bench", "collect", "demo", "doctor", "generate", "top", "train"} == {
         command.callback.__name__ for command in app.registered_commands if command.callback
     }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may import whom: plugin -> compat -> proposer -> model_executor -> kernels, config, tree.
 
-hf, training, benchmark and doctor stand beside that chain and know neither compat nor proposer; the chain knows none
-of them.
+hf, training, benchmark, doctor and top stand beside that chain and know neither compat nor proposer; the chain knows
+none of them.
 """
 
 import ast
@@ -24,7 +24,7 @@ CHAIN = [
     {"plugin"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(CHAIN) for room in rooms}
-BESIDE = {"hf", "training", "benchmark", "doctor"}
+BESIDE = {"hf", "training", "benchmark", "doctor", "top"}
 ENGINE_SIDE = {"compat", "proposer"}
 
 #: vLLM modules that change from release to release: its version and its runners.
@@ -96,6 +96,7 @@ def test_dependencies_point_one_way() -> None:
         ("vllm_dflash.doctor.diagnosis", "from vllm_dflash.compat.model_support import engine_facts"),
         ("vllm_dflash.compat.model_support", "from vllm_dflash.doctor.facts import Facts"),
         ("vllm_dflash.benchmark.clients.server", "from vllm_dflash.proposer.step import StepInputs"),
+        ("vllm_dflash.top.screen", "from vllm_dflash.compat.metrics.fallbacks import Fallback"),
         ("vllm_dflash.proposer.dflash", "from vllm.v1.worker.gpu_model_runner import GPUModelRunner"),
         ("vllm_dflash.model_executor.draft_model", "from vllm.v1 import spec_decode"),
         ("vllm_dflash.cli", "from vllm.version import __version__"),
