@@ -6,7 +6,7 @@
 The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens": of
 all or of each, "temperature", "concurrent": bool, "sampling": [more SamplingParams of each]}]}. The result: per run the
 token ids, their log-probabilities where `sampling` asks for them, and step by step how many tokens each request gained;
-and vLLM's counters over the whole run.
+and vLLM's and the plugin's counters over the whole run.
 """
 
 from __future__ import annotations
@@ -86,7 +86,18 @@ def more_sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def counters(llm: Any) -> dict[str, float]:
-    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    """vLLM's own by name, or `name[position]`; and ours, which `get_metrics` leaves out, also by `name[reason]`."""
+    from prometheus_client import REGISTRY
+
+    found = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    for metric in llm.get_metrics():
+        for position, count in enumerate(getattr(metric, "values", [])):
+            found[f"{metric.name}[{position}]"] = count
+    for family in REGISTRY.collect():
+        for sample in family.samples if family.name.startswith("vllm_dflash:") else []:
+            label = sample.labels.get("position") or sample.labels.get("reason")
+            found[sample.name.removesuffix("_total") + (f"[{label}]" if label else "")] = sample.value
+    return found
 
 
 def plant_bias(added_logit: float) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
+import sys
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.engines import TARGET, held_out_prompts, run_engine
+from tests.e2e.engines import TARGET, environment, held_out_prompts, run_engine
 from tests.e2e.serving import serving
 
 pytestmark = pytest.mark.engine
@@ -79,9 +83,38 @@ def test_drafts_come_from_this_plugin(server):
     """By the log line, and by vLLM's counters; runs after the completions."""
     url, log = server
     assert "vllm_dflash: drafting with DFlashProposer (V1 runner), 15 tokens a block of 16" in log.read_text()
-    metrics = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-    accepted = [line for line in metrics if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
-    assert float(accepted[0].split()[-1]) > 0
+    found = metrics(url)
+    for name in ("num_drafts", *(f"num_accepted_tokens_per_pos[{place}]" for place in range(15))):
+        assert found[f"vllm_dflash:spec_decode_{name}"] == found[f"vllm:spec_decode_{name}"] > 0
+    assert found["vllm_dflash:draft_time_seconds_count"] > 0
+    assert found["vllm_dflash:verify_time_seconds_sum"] > found["vllm_dflash:draft_time_seconds_sum"] > 0
+
+
+def metrics(url):
+    """By name, or `name[position]`, of the only engine; under the labels that vLLM's own have."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
+        for sample in family.samples if family.name.startswith(("vllm:", "vllm_dflash:")) else []:
+            position = sample.labels.get("position")
+            found[sample.name.removesuffix("_total") + (f"[{position}]" if position else "")] = sample.value
+            if "spec_decode" in sample.name:
+                labels = {name: value for name, value in sample.labels.items() if name != "position"}
+                assert labels == {"model_name": "tiny", "engine": "0"}, sample
+    return found
+
+
+def test_top(server):
+    """One screen of the same server, as a script gets it."""
+    url, _ = server
+    command = [sys.executable, "-m", "vllm_dflash", "top", url, "--once", "--interval", "0.5"]
+    done = subprocess.run(command, env=environment(COLUMNS="100"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = metrics(url)
+    drafts = found["vllm:spec_decode_num_drafts"]
+    length = 1 + found["vllm:spec_decode_num_accepted_tokens"] / drafts
+    first = 100 * found["vllm:spec_decode_num_accepted_tokens_per_pos[0]"] / drafts
+    assert f"acceptance length        - now, {length:.2f} in all" in done.stdout
+    assert re.search(rf" 0  \S+ +{first:.1f} %", done.stdout), done.stdout
 
 
 def test_chat(server):

@@ -110,6 +110,22 @@ def test_chains_in_a_batch_of_trees(treed, plain):
         assert plain["mixed"].token_ids[index] != plain["greedy"].token_ids[index], f"request {index} is not special"
 
 
+def test_metrics(treed):
+    """Positions are depths: of each tree at most one node at each is accepted. Four of the mixed requests look back."""
+    for name, chains in (("greedy", 0), ("mixed", 4)):
+        counters = treed[name].counters
+        assert counters["vllm_dflash:fallbacks[chain_sampling]"] == chains
+        assert counters["vllm_dflash:spec_decode_num_drafts"] == counters["vllm:spec_decode_num_drafts"]
+        assert counters["vllm_dflash:spec_decode_num_verified_nodes"] == counters["vllm:spec_decode_num_draft_tokens"]
+        accepted, drafted = (
+            [counters[f"vllm_dflash:spec_decode_num_{what}_tokens_per_pos[{place}]"] for place in range(15)]
+            for what in ("accepted", "draft")
+        )
+        assert sum(accepted) == counters["vllm:spec_decode_num_accepted_tokens"]
+        assert all(some <= of for some, of in zip(accepted, drafted, strict=True))
+        assert counters["vllm_dflash:draft_time_seconds_count"] > 0
+
+
 def test_logprobs_are_those_of_the_accepted_rows(treed, plain):
     got, expected = treed["mixed"].logprobs[0], plain["mixed"].logprobs[0]
     assert len(got) == MAX_TOKENS and len({round(value, 3) for value in expected}) > MAX_TOKENS / 4
@@ -161,6 +177,11 @@ def test_nodes_that_follow_the_load(prompts, plain, tmp_path):
     assert mixed.counters["vllm:spec_decode_num_accepted_tokens"] > NUM_PROMPTS
     nodes = mixed.counters["vllm:spec_decode_num_draft_tokens"] / mixed.counters["vllm:spec_decode_num_drafts"]
     assert 3 < nodes < 22, "not shared out"
+    assert mixed.counters["vllm_dflash:fallbacks[chain_sampling]"] == 4
+    assert mixed.counters["vllm_dflash:fallbacks[assumed_costs]"] == 1
+    requests = mixed.counters["vllm_dflash:tree_budget_requests"]  # of the last step
+    assert 1 <= requests <= NUM_PROMPTS
+    assert 0 <= mixed.counters["vllm_dflash:tree_budget_nodes"] <= 23 * requests
 
 
 def test_tensor_parallel(prompts, plain, tmp_path):

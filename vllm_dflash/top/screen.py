@@ -33,15 +33,16 @@ REASONS = {
 
 def render(url: str, snapshot: Snapshot, lately: Lately, note: str = "") -> RenderableType:
     """All of it. `note`: what the user should know of the connection."""
-    parts: list[RenderableType] = [_title(url, snapshot), _load(snapshot, lately)]
+    parts: list[RenderableType] = [_title(url, snapshot)]
+    if note:
+        parts.append(Text(f" {note}", style="bold yellow"))
+    parts.append(_load(snapshot, lately))
     if snapshot.has_speculation:
         parts += [_drafting(snapshot, lately), _positions(snapshot, lately)]
     else:
         parts.append(Panel("This server does not speculate.", title="Drafting", title_align="left"))
     if snapshot.has_plugin:
         parts.append(_fallbacks(snapshot))
-    if note:
-        parts.append(Text(note, style="bold yellow"))
     return Group(*parts)
 
 
@@ -58,11 +59,11 @@ def _load(snapshot: Snapshot, lately: Lately) -> Panel:
     grid = _grid(4)
     grid.add_row(
         "output", _number(lately.per_second(now.output_tokens), "tokens/s"),
-        "running", _number(snapshot.running, "requests", 0),
+        "running", Text(f"{snapshot.running:.0f}", style="bold"),
     )  # fmt: skip
     grid.add_row(
         "prompts", _number(lately.per_second(now.prompt_tokens), "tokens/s"),
-        "waiting", _number(snapshot.waiting, "requests", 0),
+        "waiting", Text(f"{snapshot.waiting:.0f}", style="bold"),
     )  # fmt: skip
     grid.add_row(
         "KV cache", Text(f"{_percent(snapshot.kv_usage)} in use"),
@@ -81,11 +82,10 @@ def _drafting(snapshot: Snapshot, lately: Lately) -> Panel:
     )
     grid.add_row("acceptance length", lengths, "drafts", _number(lately.per_second(now.drafts), "a second"))
     sizes = Text(f"{_ratio(now.drafted, now.drafts, 1)} now, {_ratio(total.drafted, total.drafts, 1)} in all")
-    budget = Text(_NOTHING)
+    budget = ("", "")
     if snapshot.budget is not None:
-        nodes, requests = snapshot.budget
-        budget = Text(f"{nodes:.0f} nodes for {requests:.0f} requests")
-    grid.add_row("tokens verified a draft", sizes, *(("budget", budget) if snapshot.budget else ("", "")))
+        budget = ("budget", "{:.0f} nodes for {:.0f} requests".format(*snapshot.budget))
+    grid.add_row("tokens verified a draft", sizes, *budget)
     if total.timed_steps:
         recent = now if now.timed_steps else total
         verify_ms, draft_ms = (1e3 * s / recent.timed_steps for s in (recent.verify_seconds, recent.draft_seconds))
@@ -140,8 +140,8 @@ def _plain(value: float | None, digits: int = 2) -> str:
     return _NOTHING if value is None else f"{value:.{digits}f}"
 
 
-def _number(value: float | None, unit: str, digits: int = 1) -> Text:
-    return Text.assemble((_plain(value, digits), "bold"), f" {unit}")
+def _number(value: float | None, unit: str) -> Text:
+    return Text.assemble((_plain(value, 1), "bold"), f" {unit}")
 
 
 def _percent(share: float | None) -> str:
