@@ -274,3 +274,40 @@ def test_other_engines_and_switched_off_statistics_are_left_alone() -> None:
     assert stats.spec_decoding_stats is not None
     assert stats.spec_decoding_stats.num_draft_tokens_per_pos == [1, 1]
     assert not hasattr(made, scheduler._STATE)
+
+
+# The log.
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(scheduler.logger, "warning", lambda text, *given: lines.append(text % given))
+    return lines
+
+
+def test_drafts_that_are_never_accepted_are_warned_of(warned: list[str]) -> None:
+    now = [0.0]
+    metrics = scheduler.SchedulerMetrics(engine_config(), lambda: now[0])
+    for _ in range(30):
+        now[0] += 3.0
+        metrics.add(StepReport(), stats_of(2, *[(2, 0)] * 100))
+    assert len(warned) == 1
+    assert warned[0].startswith("vllm_dflash: acceptance length 1.00 over the last 2000 drafts (60 s) is below 1.25: ")
+
+
+@pytest.mark.parametrize("hits", [0, 64])
+def test_a_prefix_cache_that_finds_nothing_is_warned_of(warned: list[str], hits: int) -> None:
+    """Requests as vLLM's scheduler has them: it may have ended one by the time its step is counted."""
+    config = engine_config()
+    steps: list[SchedulerStats | None] = [
+        SchedulerStats(prefix_cache_stats=PrefixCacheStats(requests=1, queries=100, hits=hits)) for _ in range(70)
+    ]
+    made = scheduler_of(config, steps)
+    made.requests = {"a": SimpleNamespace(block_hashes=["first", "second"]), "b": SimpleNamespace(block_hashes=[])}
+    step = plan({})
+    step.scheduled_new_reqs = [SimpleNamespace(req_id=name) for name in ("a", "b", "over")]
+    for _ in range(70):
+        made.update_from_output(step, reported(StepReport()))
+    expected = "vllm_dflash: the prefix cache found 0 of the 6500 tokens of the last 65 prompts, although 64 of them"
+    assert [line[: len(expected)] for line in warned] == ([] if hits else [expected])

@@ -14,7 +14,7 @@ from vllm_dflash.console import CommandError
 from vllm_dflash.top.polling import Poller, UnreachableError, require_packages
 from vllm_dflash.top.screen import render
 from vllm_dflash.top.snapshot import NotVllmError, Snapshot
-from vllm_dflash.top.window import Window
+from vllm_dflash.top.window import WINDOW_SECONDS, Window
 
 Sleep = Callable[[float], None]
 
@@ -40,6 +40,7 @@ class View:
     """What is known of a server."""
 
     poller: Poller
+    clock: Callable[[], float] = time.monotonic
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -56,19 +57,17 @@ class View:
 
     def look(self) -> None:
         """One look more. A server that is away may come back."""
-        restarts = self.window.num_restarts
         try:
             self._add(self.poller.fetch())
         except (UnreachableError, NotVllmError) as error:
-            self._away_since = self._away_since or time.monotonic()
-            seconds = time.monotonic() - self._away_since
+            if self._away_since is None:
+                self._away_since = self.clock()
+            seconds = self.clock() - self._away_since
             self.note = f"{error}. What is shown is of before; trying again ({seconds:.0f} s so far), Ctrl-C ends"
             return
-        if self.window.num_restarts > restarts:
-            self.note = "The server was restarted: all counts begin anew"
-        elif self._away_since is not None:
-            self.note = ""
         self._away_since = None
+        is_new = self.window.num_restarts and self.window.lately().seconds < WINDOW_SECONDS
+        self.note = "The server was restarted: all counts begin anew" if is_new else ""
 
     def screen(self) -> RenderableType:
         """As it is now."""

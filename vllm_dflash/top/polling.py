@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,10 +48,10 @@ def require_packages() -> None:
 class Poller:
     """One server."""
 
-    def __init__(self, url: str, transport: Any = None) -> None:
+    def __init__(self, url: str, transport: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
         import httpx
 
-        self.url = metrics_url(url)
+        self.url, self._clock = metrics_url(url), clock
         self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, follow_redirects=True, transport=transport)
 
     def fetch(self) -> Snapshot:
@@ -66,6 +67,6 @@ class Poller:
         if answer.status_code != 200:
             raise NotVllmError(f"{self.url} answers {answer.status_code} {answer.reason_phrase}")
         try:
-            return parse(answer.text, time.monotonic())
+            return parse(answer.text, self._clock())
         except NotVllmError as error:
             raise NotVllmError(f"{self.url} is not of a vLLM server: {error}") from error

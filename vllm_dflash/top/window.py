@@ -32,9 +32,9 @@ class Window:
         self.num_restarts = 0
 
     def add(self, snapshot: Snapshot) -> None:
-        """One more. Where a counter has fallen the server was restarted: what was before counts no longer."""
+        """One more. If the server was restarted, what was before counts no longer."""
         kept = self._snapshots
-        if kept and snapshot.counters.is_behind(kept[-1].counters):
+        if kept and _is_another(kept[-1], snapshot):
             kept.clear()
             self.num_restarts += 1
         kept.append(snapshot)
@@ -45,3 +45,8 @@ class Window:
         """From the oldest to the newest."""
         first, last = self._snapshots[0], self._snapshots[-1]
         return Lately(last.at - first.at, last.counters - first.counters)
+
+
+def _is_another(before: Snapshot, now: Snapshot) -> bool:
+    """Whether a server was restarted: it says so, or a counter has fallen. Several API servers say no start."""
+    return now.started != before.started or now.counters.is_behind(before.counters)

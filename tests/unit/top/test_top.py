@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,6 +121,13 @@ def test_a_restarted_server_counts_anew() -> None:
     assert window.lately().counters.output_tokens == 20
 
 
+def test_a_restarted_server_that_has_caught_up() -> None:
+    window = Window()
+    window.add(parse(BOTH, 0.0))
+    window.add(parse(BOTH.replace("seconds 1.7e+09", "seconds 1.8e+09"), 2.0))
+    assert window.num_restarts == 1
+
+
 def test_a_fall_back_that_is_new_is_no_restart() -> None:
     window = Window()
     window.add(parse(VLLM_ONLY, 0.0))
@@ -194,12 +200,16 @@ def test_what_is_no_address_is_named(given: str) -> None:
         metrics_url(given)
 
 
-Answer = Callable[[], Any]
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def view_of(*answers: str | int | Exception) -> View:
+def view_of(*answers: str | int | Exception) -> tuple[View, Clock]:
     """A view of a server that answers so: with a page, a status or not at all."""
-    left = list(answers)
+    left, clock = list(answers), Clock()
 
     def answer(request: Any) -> Any:
         given = left.pop(0)
@@ -207,7 +217,7 @@ def view_of(*answers: str | int | Exception) -> View:
             raise given
         return httpx.Response(given) if isinstance(given, int) else httpx.Response(200, text=given)
 
-    return View(Poller("server:8000", transport=httpx.MockTransport(answer)))
+    return View(Poller("server:8000", httpx.MockTransport(answer), clock), clock), clock
 
 
 @pytest.mark.parametrize(
@@ -223,25 +233,31 @@ def view_of(*answers: str | int | Exception) -> View:
 )
 def test_no_server_to_begin_with(answer: Any, message: str) -> None:
     with pytest.raises(CommandError, match=rf"^URL: {URL} {message}"):
-        view_of(answer).begin()
+        view_of(answer)[0].begin()
 
 
 def test_a_server_that_goes_away_and_comes_back() -> None:
-    view = view_of(
-        BOTH, httpx.ConnectError("Connection refused"), 502, BOTH, with_values(BOTH, prompt_tokens_total=1.0)
-    )
+    gone, again = httpx.ConnectError("Connection refused"), with_values(BOTH, prompt_tokens_total=1.0)
+    view, at = view_of(BOTH, gone, 502, BOTH, gone, again, again)
     view.begin()
-    for problem in ("does not answer: Connection refused", "answers 502 Bad Gateway"):
+    for problem in ("does not answer: Connection refused. What", "answers 502 Bad Gateway. What"):
         view.look()
-        assert problem in view.note and "trying again" in view.note
+        assert problem in view.note and f"trying again ({at():.0f} s so far)" in view.note
         assert view.latest is not None and view.latest.counters.output_tokens == 150
+        at.now += 7.0
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(view.screen())
     assert "answers 502" in console.export_text().splitlines()[1], "below what a small terminal shows"
     view.look()
     assert view.note == ""
+    at.now += 100.0
+    view.look()
+    assert "trying again (0 s so far)" in view.note
     view.look()
     assert view.note == "The server was restarted: all counts begin anew"
+    at.now += 10.0
+    view.look()
+    assert view.note == ""
 
 
 class Ended(Exception):
@@ -258,7 +274,7 @@ def test_screens_follow_each_other(terminal: bool) -> None:
             raise Ended
 
     console = Console(width=100, record=True, force_terminal=terminal, file=open("/dev/null", "w"))  # noqa: SIM115
-    view = view_of(BOTH, with_values(BOTH, generation_tokens_total=1111.0), httpx.ConnectError("gone"))
+    view, _ = view_of(BOTH, with_values(BOTH, generation_tokens_total=1111.0), httpx.ConnectError("gone"))
     view.begin()
     with pytest.raises(Ended):
         follow(view, 0.5, console, sleep)
@@ -270,14 +286,14 @@ def test_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(view: View, *rest: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "Poller", lambda url: view_of(BOTH).poller)
+    monkeypatch.setattr(command, "Poller", lambda url: view_of(BOTH)[0].poller)
     monkeypatch.setattr(command, "follow", interrupted)
     result = CliRunner().invoke(app, ["top", "server:8000"])
     assert (result.exit_code, result.output) == (0, "")
 
 
 def test_one_screen_for_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "Poller", lambda url: view_of(BOTH, BOTH).poller)
+    monkeypatch.setattr(command, "Poller", lambda url: view_of(BOTH, BOTH)[0].poller)
     result = CliRunner().invoke(app, ["top", "server:8000", "--once", "--interval", "0.1"], env={"COLUMNS": "100"})
     assert result.exit_code == 0
     assert "acceptance length" in result.stdout and "budget" in result.stdout
