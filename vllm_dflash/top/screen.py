@@ -119,14 +119,16 @@ def _bar(place: int, total: Rates, now: Rates) -> list[RenderableType]:
     return [str(place), bar, _percent(rate), _percent(recent)]
 
 
-def _fallbacks(snapshot: Snapshot) -> Panel:
+def _fallbacks(snapshot: Snapshot) -> RenderableType:
     """Those that happened."""
     happened = [(reason, count) for reason, count in snapshot.counters.fallbacks if count]
+    if not happened:
+        return Text(" no fall-backs since the start", style="dim")
     grid = Table.grid(padding=(0, 2))
     grid.add_column(justify="right")
     for reason, count in happened:
         grid.add_row(f"{count:.0f}", Text(REASONS.get(reason, reason)))
-    return Panel(grid if happened else "none", title="Fall-backs since the start", title_align="left")
+    return Panel(grid, title="Fall-backs since the start", title_align="left")
 
 
 def _grid(columns: int) -> Table:

@@ -134,7 +134,10 @@ def parse(text: str, at: float) -> Snapshot:
     """Read one page. Raises NotVllmError where it has no metric of vLLM's."""
     page = _Page(text)
     if not any(name.startswith(VLLM) for name in page.samples):
-        raise NotVllmError(f"no metric whose name begins with {VLLM} among its {len(page.samples)}")
+        raise NotVllmError(
+            f"no metric whose name begins with {VLLM} among its {len(page.samples)} (nor has vLLM with "
+            "--disable-log-stats)"
+        )
     starts = page.samples.get("process_start_time_seconds")
     has_plugin = f"{PLUGIN}spec_decode_num_drafts_total" in page.samples
     running = f"{VLLM}num_requests_running"
