@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -114,3 +116,66 @@ def test_counts_are_reported_once() -> None:
     budget = BudgetInForce(6, 2)
     assert meter.report(budget, 1.5) == StepReport(None, budget, 1.5, Counter({Fallback.NO_GRAPH: 2}))
     assert meter.report(None, None) == StepReport()
+
+
+@pytest.mark.gpu
+def test_events_of_a_real_stream() -> None:
+    """A device that sleeps twice as long before its drafting as in it."""
+    meter = StepMeter.on(torch.device("cuda"))
+    meter.begin_step(True)
+    torch.cuda._sleep(40_000_000)
+    meter.begin_draft()
+    torch.cuda._sleep(20_000_000)
+    meter.end_draft()
+    assert meter.report(None, None).times is None, "the host has waited for the device"
+    torch.cuda.synchronize()
+    times = meter.report(None, None).times
+    assert times is not None
+    assert times.verify_us == pytest.approx(2 * times.draft_us, rel=0.2)
+
+
+# What the adapter and the trees count.
+
+
+@pytest.mark.parametrize(
+    ("drafts", "has_graph", "has_graphs", "budget", "expected"),
+    [
+        (True, True, True, None, []),
+        (True, False, True, None, [Fallback.NO_GRAPH]),
+        (True, False, False, None, []),
+        (False, True, True, True, []),  # vLLM's schedule by batch size says so
+        (False, False, True, False, [Fallback.DOES_NOT_PAY]),
+    ],
+)
+def test_steps_that_the_v2_adapter_counts(
+    drafts: bool, has_graph: bool, has_graphs: bool, budget: bool | None, expected: list[Fallback]
+) -> None:
+    runner_v2 = pytest.importorskip("vllm_dflash.compat.runner_v2")
+    meter = StepMeter.on(torch.device("cpu"))
+    adapter = SimpleNamespace(
+        meter=meter,
+        graphs=SimpleNamespace(needs_capture=lambda: has_graphs),
+        budget=None if budget is None else SimpleNamespace(drafts=budget),
+    )
+    runner_v2.V2Adapter._count(adapter, drafts, has_graph=has_graph)
+    assert list(meter.report(None, None).fallbacks.elements()) == expected
+
+
+def test_requests_that_run_as_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    from vllm_dflash.compat.trees.model_state import TreeModelState
+
+    monkeypatch.setattr(DefaultModelState, "add_request", lambda *given: None)
+    begun: list[tuple[int, bool]] = []
+    state: Any = TreeModelState.__new__(TreeModelState)
+    state.trees = SimpleNamespace(begin=lambda index, as_chain: begun.append((index, as_chain)))
+    state.meter = StepMeter.on(torch.device("cpu"))
+    plain, looks_back = SamplingParams(), SamplingParams(repetition_penalty=1.2)
+    for index, (all_as_chain, params) in enumerate(((False, plain), (False, looks_back), (True, plain))):
+        state.all_as_chain = all_as_chain
+        state.add_request(index, SimpleNamespace(sampling_params=params))
+    assert begun == [(0, False), (1, True), (2, True)]
+    counts = Counter({Fallback.CHAIN_SAMPLING: 1, Fallback.CHAIN_LOGITS_PROCESSOR: 1})
+    assert state.meter.report(None, None).fallbacks == counts
