@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published prompt sets: where each lies on the Hugging Face hub and how a row becomes a conversation.
 
-No commit is pinned in the table: revision "main" is resolved to the commit it stands for when a set is fetched first.
-That commit is kept in the cached file and told in the results, and the cached file is what later runs read. To run
-the prompts of an earlier result, give its commit as `--dataset-revision NAME=COMMIT`.
+The table pins a commit of each, but for mt-bench. A branch or tag ("main", `--dataset-revision NAME=TAG`) is resolved
+to the commit it stands for when a set is fetched first. The commit is kept in the cached file and told in the results,
+and the cached file is what later runs read.
 """
 
 from __future__ import annotations
@@ -61,18 +61,40 @@ class HubSet:
 
 
 HUB_SETS: dict[str, HubSet] = {
-    "gsm8k": HubSet("openai/gsm8k", "test", _maths("question"), config="main"),
-    "math500": HubSet("HuggingFaceH4/MATH-500", "test", _maths("problem")),
-    "aime24": HubSet("HuggingFaceH4/aime_2024", "train", _maths("problem")),
-    "aime25": HubSet("MathArena/aime_2025", "train", _maths("problem")),
-    "humaneval": HubSet("openai/openai_humaneval", "test", _complete_function),
-    "mbpp": HubSet("google-research-datasets/mbpp", "test", _plain("prompt"), config="sanitized"),
-    "livecodebench": HubSet(
-        "livecodebench/code_generation_lite", "train", _contest_problem, files=("test.jsonl", "test2.jsonl")
+    "gsm8k": HubSet(
+        "openai/gsm8k", "test", _maths("question"), config="main", revision="e53f048856ff4f594e959d75785d2c2d37b678ee"
     ),
-    "swe-bench": HubSet("princeton-nlp/SWE-bench_Lite", "test", _repository_issue),
-    "mt-bench": HubSet("HuggingFaceH4/mt_bench_prompts", "train", lambda row: list(row["prompt"])),
-    "alpaca": HubSet("tatsu-lab/alpaca", "train", _instruction),
+    "math500": HubSet(
+        "HuggingFaceH4/MATH-500", "test", _maths("problem"), revision="ff5b20257d8185524591543f8ff5993951537bb8"
+    ),
+    "aime24": HubSet(
+        "HuggingFaceH4/aime_2024", "train", _maths("problem"), revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
+    ),
+    "aime25": HubSet(
+        "MathArena/aime_2025", "train", _maths("problem"), revision="c94da77eb22bbd6439e62a323bec18493a421302"
+    ),
+    "humaneval": HubSet(
+        "openai/openai_humaneval", "test", _complete_function, revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"
+    ),
+    "mbpp": HubSet(
+        "google-research-datasets/mbpp",
+        "test",
+        _plain("prompt"),
+        config="sanitized",
+        revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
+    ),
+    "livecodebench": HubSet(
+        "livecodebench/code_generation_lite",
+        "train",
+        _contest_problem,
+        files=("test.jsonl", "test2.jsonl"),
+        revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
+    ),
+    "swe-bench": HubSet(
+        "princeton-nlp/SWE-bench_Lite", "test", _repository_issue, revision="6ec7bb89b9342f664a54a6e0a6ea6501d3437cc2"
+    ),
+    "mt-bench": HubSet("HuggingFaceH4/mt_bench_prompts", "train", lambda row: list(row["prompt"]), revision="main"),
+    "alpaca": HubSet("tatsu-lab/alpaca", "train", _instruction, revision="dce01c9b08f87459cf36a430d809084718273017"),
 }
 
 
