@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -28,7 +27,7 @@ from vllm_dflash.benchmark.results import (
 )
 from vllm_dflash.benchmark.sets import PromptSet, load_prompt_set
 from vllm_dflash.benchmark.table import show_results
-from vllm_dflash.console import CommandError, show_log_tail
+from vllm_dflash.console import CommandError, require_packages, show_log_tail, value_errors
 
 INTERRUPTED = 130
 
@@ -48,7 +47,7 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
     """
     _check_outputs(outputs)
     _require_packages(options, outputs)
-    with _value_errors():
+    with value_errors():
         check_options(options)
         earlier = load_results(options.baseline) if options.baseline else None
         sets = [
@@ -65,7 +64,7 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
         baseline=plan.baseline,
     )
     if earlier is not None:
-        with _value_errors():
+        with value_errors():
             results = with_baseline(results, earlier, str(options.baseline))
     try:
         with _display(console) as display, contextlib.closing(plan.runs(display)) as runs:
@@ -88,8 +87,8 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
 def render_saved(files: list[Path], baseline: Path | None, outputs: Outputs, console: Console) -> None:
     """The table and the report of earlier results, several of them side by side. Raises CommandError."""
     _check_outputs(outputs)
-    _require(("pydantic",), "bench")
-    with _value_errors():
+    require_packages(("pydantic",), "bench")
+    with value_errors():
         results = merged_results([(load_results(file), str(file)) for file in files])
         if baseline:
             results = with_baseline(results, load_results(baseline), str(baseline))
@@ -102,7 +101,7 @@ def _finish(results: Results, outputs: Outputs, console: Console) -> None:
         save_results(results, outputs.json)
         console.print(f"results: {outputs.json}", highlight=False, soft_wrap=True)
     if outputs.report:
-        _require(("jinja2", "matplotlib"), "bench")
+        require_packages(("jinja2", "matplotlib"), "bench")
         from vllm_dflash.benchmark.report.page import write_report
 
         write_report(results, outputs.report)
@@ -134,25 +133,11 @@ def _check_outputs(outputs: Outputs) -> None:
 
 
 def _require_packages(options: BenchOptions, outputs: Outputs) -> None:
-    _require(("httpx", "prometheus_client", "pydantic"), "bench")
+    require_packages(("httpx", "prometheus_client", "pydantic"), "bench")
     if outputs.report:
-        _require(("jinja2", "matplotlib"), "bench")
+        require_packages(("jinja2", "matplotlib"), "bench")
     if options.backend not in SERVERS:
-        _require(("torch",), "hf")
-
-
-def _require(packages: tuple[str, ...], extra: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(f"{', '.join(missing)} not installed: pip install 'vllm-dflash[{extra}]'")
-
-
-@contextlib.contextmanager
-def _value_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+        require_packages(("torch",), "hf")
 
 
 class _ProgressDisplay(Display):

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +25,22 @@ LOG_TAIL_LINES = 20
 
 class CommandError(Exception):
     """Something the user can put right. The message is shown as it is, without a traceback."""
+
+
+@contextlib.contextmanager
+def value_errors() -> Iterator[None]:
+    """Raise a ValueError of the block as CommandError: its message already names what to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def require_packages(names: Iterable[str], extra: str) -> None:
+    """Raise CommandError naming the packages that are not installed and the extra that brings them."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"{', '.join(missing)} not installed: pip install 'vllm-dflash[{extra}]'")
 
 
 def require_vllm() -> None:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,12 @@ from rich.logging import RichHandler
 
 from vllm_dflash.benchmark.job import EngineJob, Prompt
 from vllm_dflash.config import DFlashConfig
-from vllm_dflash.console import CommandError, new_log_directory, run_with_progress
+from vllm_dflash.console import (
+    new_log_directory,
+    require_packages,
+    run_with_progress,
+    value_errors,
+)
 
 _PROOF_TOKENS = 16
 
@@ -33,9 +37,9 @@ def run_train(
     console: Console,
 ) -> None:
     """Raises CommandError for what the user can put right."""
-    _require("accelerate", "pydantic", "tensorboard", "torch", "yaml")
+    require_packages(("accelerate", "pydantic", "tensorboard", "torch", "yaml"), "train")
     _log_to(console)
-    with _value_errors():
+    with value_errors():
         from transformers.utils.logging import disable_progress_bar
 
         from vllm_dflash.training.command import DrafterRun, TrainOptions, dry_run_folder
@@ -53,7 +57,7 @@ def run_train(
 
 def run_collect(logs: Sequence[Path], output: Path, max_prompts: int | None, overwrite: bool, console: Console) -> None:
     """Raises CommandError for what the user can put right."""
-    with _value_errors():
+    with value_errors():
         from vllm_dflash.training.request_log import collect
 
         report = collect(logs, output, max_prompts=max_prompts, overwrite=overwrite)
@@ -99,20 +103,6 @@ def _serve(target: str, drafter: Path, console: Console) -> None:
     )
     run_with_progress(console, job, "the untrained drafter", new_log_directory() / "dflash.log")
     console.print(f"it serves: {drafter}")
-
-
-@contextlib.contextmanager
-def _value_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(f"{', '.join(missing)} not installed: pip install 'vllm-dflash[train]'")
 
 
 def _log_to(console: Console) -> None:
