@@ -52,7 +52,7 @@ def test_same_text_as_the_oracle(served, oracle):
 
 def test_mean_acceptance_length(served):
     """Recorded in models/tiny-python/drafter/README.md; K = 15, temperature 0, held-out prompts, pooled."""
-    assert served.acceptance_length >= 3.6
+    assert served.acceptance_length >= 5.2
 
 
 def by_position(run, name):

@@ -45,7 +45,7 @@ def in_graphs(tmp_path_factory):
 
 def test_same_tokens_as_without_speculation(in_graphs, plain):
     assert in_graphs.token_ids == plain.token_ids
-    assert in_graphs.acceptance_length > 3.6
+    assert in_graphs.acceptance_length > 5
 
 
 def test_graph_is_eager(in_graphs, tmp_path):
@@ -72,7 +72,7 @@ def test_graph_is_eager(in_graphs, tmp_path):
 def test_options_leave_the_text_alone(changes, plain, tmp_path):
     got = generate(tmp_path, **changes)
     assert got.token_ids == plain.token_ids
-    assert got.acceptance_length > 3
+    assert got.acceptance_length > 4
 
 
 def test_fp8_kv_cache(tmp_path):
@@ -119,4 +119,4 @@ def test_trees_that_follow_the_load(treed, plain, tmp_path):
     """Requests of other numbers of nodes, which the device shares out, in graphs for any of them."""
     auto = generate(tmp_path, **dflash(), additional_config={"dflash": {"tree": "auto"}})
     assert_same_but_near_ties(auto.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
-    assert auto.acceptance_length > 3
+    assert auto.acceptance_length > 5

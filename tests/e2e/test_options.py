@@ -26,7 +26,7 @@ BASE = {"model": str(TARGET), "dtype": "float32", "max_model_len": 1024}
 DRAFT_VOCAB_SIZE = 512
 EOS = 2
 #: Of these prompts without any options.
-ACCEPTANCE_LENGTH = 3.26
+ACCEPTANCE_LENGTH = 4.15
 
 
 def generate(

@@ -56,11 +56,18 @@ NUM_HELD_OUT_PROMPTS = 64
 LONGEST_TRAINING_PROMPT = 448  # tokens, of raw prompts: the drafter must know long contexts too
 
 
-#: For a target of this size: a small drafter, short contexts.
+#: For a target of this size: a small drafter, short contexts. Minutes on a GPU; for a CPU --drafter-config with fewer
+#: prompts, steps and tokens a batch.
 DRAFTER_RECIPE = {
-    "data": {"held_out": 32, "max_prompts": 6000, "max_new_tokens": 256, "max_length": 704, "sampled_share": 0.1},
+    "data": {"held_out": 16, "max_prompts": 30000, "max_new_tokens": 256, "max_length": 704, "sampled_share": 0.1},
     "model": {"num_layers": 3, "target_layer_ids": (1, 3, 5, 6), "intermediate_size": 384, "mask_token": MASK},
-    "training": {"steps": 5800, "batch_tokens": 4096, "tokens_per_anchor": 8, "learning_rate": 2e-3},
+    "training": {
+        "steps": 2000,
+        "batch_tokens": 65536,
+        "tokens_per_anchor": 8,
+        "learning_rate": 2e-3,
+        "evaluate_tokens": 64,
+    },
 }
 
 
