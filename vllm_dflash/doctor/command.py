@@ -16,10 +16,15 @@ from vllm_dflash.benchmark.prompts import load_prompts
 from vllm_dflash.console import SHIPPED_PAIR, CommandError
 from vllm_dflash.doctor.diagnosis import AskEngine, diagnose
 from vllm_dflash.doctor.facts import Asked, Facts
-from vllm_dflash.doctor.finding import Finding, error, exit_code
+from vllm_dflash.doctor.finding import Finding, error, exit_code, info
 from vllm_dflash.doctor.measurement import Measurement, findings_of
 from vllm_dflash.doctor.report import Report, as_json, show
 
+#: Exit status after Ctrl-C, as shells give it.
+INTERRUPTED = 130
+#: What loading and running raise for models that are broken, do not go together or do not fit: memory that runs out and
+#: shapes that differ are RuntimeErrors, ids beyond a table IndexErrors, missing config keys any of the next three.
+_OF_A_BROKEN_PAIR = (ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 _OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
@@ -37,14 +42,20 @@ class DoctorOptions:
 
 
 def run_doctor(options: DoctorOptions, ask_engine: AskEngine, out: Console, err: Console) -> int:
-    """Show the report; returns the exit code. Raises CommandError for options that do not go together."""
+    """Show the report; returns the exit code, after Ctrl-C in a measurement 130.
+
+    Raises CommandError for options that do not go together.
+    """
     target, drafter = _pair(options)
     prompts = _prompts(options, target)
     found = diagnose(target, drafter, options.asked, ask_engine)
-    findings, measurement = list(found.findings), None
+    findings, measurement, interrupted = list(found.findings), None, False
     if prompts and found.facts is not None:
-        with err.status("measuring", spinner="dots") as status:
-            told, measurement = _measure(found.facts, prompts, options.max_new_tokens, status.update)
+        try:
+            with err.status("measuring", spinner="dots") as status:
+                told, measurement = _measure(found.facts, prompts, options.max_new_tokens, status.update)
+        except KeyboardInterrupt:
+            interrupted, told = True, [info("measurement", "interrupted: nothing was measured")]
         measured = {one.id for one in told}
         # What was measured says more than what the files let expect.
         findings = [one for one in findings if one.id != "thinking" or "thinking" not in measured] + told
@@ -53,7 +64,7 @@ def run_doctor(options: DoctorOptions, ask_engine: AskEngine, out: Console, err:
         out.print(json.dumps(as_json(report), indent=2), markup=False, highlight=False, soft_wrap=True)
     else:
         show(report, out)
-    return exit_code(report.findings)
+    return INTERRUPTED if interrupted else exit_code(report.findings)
 
 
 def _pair(options: DoctorOptions) -> tuple[str, str]:
@@ -87,13 +98,16 @@ def _measure(
     id = "measurement"
     if importlib.util.find_spec("torch") is None:
         return [error(id, "--run needs torch, which is not installed", "pip install 'vllm-dflash[hf]'")], None
-    from transformers.utils.logging import disable_progress_bar
+    from jinja2 import TemplateError  # torch brings it
 
-    from vllm_dflash.doctor.measure import measure
-
-    disable_progress_bar()
     try:
+        from transformers.utils.logging import disable_progress_bar
+
+        from vllm_dflash.doctor.measure import measure
+
+        disable_progress_bar()
         measurement = measure(facts, prompts, max_new_tokens, tell)
-    except (ValueError, OSError) as problem:
-        return [error(id, f"the pair could not be run: {problem}", "put right what the other findings say")], None
+    except (*_OF_A_BROKEN_PAIR, TemplateError) as problem:
+        seen = f"the pair could not be run: {type(problem).__name__}: {problem}"
+        return [error(id, seen, "put right what the other findings say")], None
     return list(findings_of(measurement)), measurement

@@ -44,7 +44,7 @@ def ways(layer_ids: Sequence[int], depth: int, has_switch: bool) -> Iterator[Way
 def measure(facts: Facts, prompts: Sequence[Prompt], max_new_tokens: int, show: Callable[[str], None]) -> Measurement:
     """Generate greedily for each prompt, in each way. `show` is told what goes on.
 
-    Raises ValueError or OSError for models that cannot be loaded or do not go together, ImportError without torch.
+    Raises what torch, Transformers and jinja2 raise for models that cannot be loaded or run together.
     """
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: its screen, its exit codes for bad input, what it imports, how long it takes."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,16 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from vllm_dflash.benchmark.metrics import AcceptanceCounts
 from vllm_dflash.benchmark.prompts import load_prompts
 from vllm_dflash.cli import app
+from vllm_dflash.console import SHIPPED_PAIR
 from vllm_dflash.doctor import command
+from vllm_dflash.doctor.command import DoctorOptions, run_doctor
 from vllm_dflash.doctor.finding import error, exit_code, info, ok, warning
 from vllm_dflash.doctor.measurement import Measurement, Run
 from vllm_dflash.doctor.report import Report, as_json, show
+from vllm_dflash.engine_facts import EngineFacts
 
 HEAVY = ("torch", "transformers", "vllm")
 PROBE = f"""
@@ -133,3 +138,67 @@ def test_the_json_shape() -> None:
         "acceptance_rate": 0.5,
         "position_rates": [1.0, 0.5, 0.0],
     }
+
+
+def run_the_pair(target: str | None = None) -> tuple[int, dict]:
+    """The exit code and the JSON report of a run of one prompt, by default with the shipped pair."""
+    drafter, out = target and str(SHIPPED_PAIR / "drafter"), io.StringIO()
+    options = DoctorOptions(target, drafter, num_prompts=1, max_new_tokens=4, as_json=True)
+    code = run_doctor(options, lambda architectures: EngineFacts(), Console(file=out), Console(file=io.StringIO()))
+    return code, json.loads(out.getvalue())
+
+
+def measurements(report: dict) -> list[tuple[str, str]]:
+    return [(one["severity"], one["seen"]) for one in report["findings"] if one["id"] == "measurement"]
+
+
+def measuring_raises(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr("vllm_dflash.doctor.measure.measure", measure)
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (ValueError("no tensors"), "ValueError: no tensors"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "RuntimeError: mat1 and mat2 shapes"),
+        (KeyError("rope_theta"), "KeyError: 'rope_theta'"),
+        (IndexError("index out of range in self"), "IndexError: index out of range"),
+        (ImportError("needs tiktoken"), "ImportError: needs tiktoken"),
+    ],
+    ids=["value", "memory", "shapes", "key", "index", "import"],
+)
+def test_a_pair_that_cannot_be_run_keeps_the_other_findings(
+    problem: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring_raises(problem, monkeypatch)
+    code, report = run_the_pair()
+    ((severity, seen),) = measurements(report)
+    assert (code, severity, report["measurement"]) == (2, "error", None)
+    assert told in seen
+    assert "memory" in {one["id"] for one in report["findings"]}
+
+
+def test_a_chat_template_that_refuses_keeps_the_other_findings(tmp_path: Path) -> None:
+    for file in (SHIPPED_PAIR / "target").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    template = tmp_path / "chat_template.jinja"
+    template.unlink(missing_ok=True)
+    template.write_text("{{ raise_exception('a system message is needed') }}", encoding="utf-8")
+    code, report = run_the_pair(str(tmp_path))
+    assert code == 2
+    ((severity, seen),) = measurements(report)
+    assert severity == "error"
+    assert "TemplateError: a system message is needed" in seen
+    assert "memory" in {one["id"] for one in report["findings"]}
+
+
+def test_an_interrupted_measurement_keeps_the_other_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring_raises(KeyboardInterrupt(), monkeypatch)
+    code, report = run_the_pair()
+    assert (code, report["measurement"]) == (130, None)
+    assert measurements(report) == [("info", "interrupted: nothing was measured")]
+    assert "memory" in {one["id"] for one in report["findings"]}
