@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from vllm_dflash.config import DFlashConfig
+from vllm_dflash.weight_files import read_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -33,20 +34,13 @@ def resolve_model_dir(model: str, revision: str | None = None) -> Path:
 
 
 def read_tensor_shapes(model_dir: Path) -> dict[str, Shape]:
-    """name -> shape over all safetensors shards of a directory. Raises ValueError naming a broken or missing file."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(model_dir.glob("*.safetensors"))
+    """name -> shape over a drafter's weight files. Raises ValueError naming a broken or missing file."""
+    files, problems = weight_files(model_dir)
+    if problems:
+        raise ValueError("; ".join(problems))
     if not files:
         raise ValueError(f"no *.safetensors in the drafter's directory {model_dir}")
-    shapes: dict[str, Shape] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                shapes.update({name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file (truncated download?): {error}") from error
-    return shapes
+    return {name: tensor.shape for file in files for name, tensor in read_header(file).items()}
 
 
 def expected_tensors(config: DFlashConfig) -> dict[str, Shape]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensors a drafter checkpoint must have, and what is said when it has others."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,32 @@ def test_a_lost_shard_shows_as_missing_tensors(tmp_path: Path) -> None:
     write_tensors(tmp_path, ONE_LAYER, num_shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert "missing tensor(s): " in complaint(one_layer(), read_tensor_shapes(tmp_path))
+
+
+def write_index(directory: Path, *files: str) -> None:
+    weight_map = {f"tensor.{i}": file for i, file in enumerate(files)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+def test_files_beside_the_index_are_not_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path, ONE_LAYER, num_shards=2)
+    (write_tensors(tmp_path, {"other.layout": (1,)}) / "model-00001-of-00001.safetensors").rename(
+        tmp_path / "consolidated.safetensors"
+    )
+    write_index(tmp_path, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert read_tensor_shapes(tmp_path) == ONE_LAYER
+
+
+def test_a_lost_shard_of_an_index_is_named(tmp_path: Path) -> None:
+    write_index(write_tensors(tmp_path, ONE_LAYER), "model-00001-of-00001.safetensors", "model-00002.safetensors")
+    with pytest.raises(ValueError, match="names files that are not there: model-00002.safetensors"):
+        read_tensor_shapes(tmp_path)
+
+
+def test_a_shard_that_is_no_file_is_named(tmp_path: Path) -> None:
+    (write_tensors(tmp_path, ONE_LAYER) / "model-2.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"model-2\.safetensors is not a readable safetensors file"):
+        read_tensor_shapes(tmp_path)
 
 
 def test_wrong_shape() -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(vllm_dflash.__file__).resolve().parent
 
 #: The chain, from what everyone may import to what nobody may. A room imports its own level and those before it.
 CHAIN = [
-    {"config", "tree", "checkpoint", "engine_facts", "kernels"},
+    {"config", "tree", "checkpoint", "weight_files", "engine_facts", "kernels"},
     {"model_executor"},
     {"proposer"},
     {"compat"},

@@ -4,30 +4,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from vllm_dflash.doctor.facts import TensorFacts, Weights
+from vllm_dflash.weight_files import TensorHeader, read_header, weight_files
 
 #: Of each tensor so much is looked at, from its beginning, middle and end; small tensors are seen whole.
 _SAMPLE_BYTES = 64 * 1024
 _NUM_SAMPLES = 3
 #: safetensors' float types that numpy reads as they are.
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-_INDEX = "model.safetensors.index.json"
 
 
 def read_weights(directory: Path) -> Weights:
-    """All safetensors of a directory. What cannot be read is named in `problems`."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    """A directory's weights in safetensors. What cannot be read is named in `problems`."""
+    files, problems = weight_files(directory)
+    if not files and not problems:
         others = sorted(file.name for pattern in ("*.bin", "*.gguf", "*.pt") for file in directory.glob(pattern))
         beside = f", but {', '.join(others)}" if others else ""
         return Weights(problems=(f"no *.safetensors in {directory}{beside}",), has_headers=False)
     tensors: dict[str, TensorFacts] = {}
-    problems = _missing_shards(directory)
     for file in files:
         try:
             tensors |= _read_file(file)
@@ -36,45 +33,24 @@ def read_weights(directory: Path) -> Weights:
     return Weights(tensors, tuple(problems), has_headers=bool(tensors))
 
 
-def _missing_shards(directory: Path) -> list[str]:
-    """Files that the index of a sharded checkpoint names and that are not there."""
-    index = directory / _INDEX
-    if not index.is_file():
-        return []
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{index} is not an index of safetensors files: {error!r}"]
-    missing = sorted(str(name) for name in names if not (directory / str(name)).is_file())
-    return [f"{index} names files that are not there: {', '.join(missing)}"] if missing else []
-
-
 def _read_file(file: Path) -> dict[str, TensorFacts]:
     """Raises ValueError naming the file."""
-    from safetensors import SafetensorError, safe_open
-
+    headers = read_header(file)
     try:
-        with safe_open(file, framework="np"):  # the library checks the header against the file's size
-            pass
         with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(size))
-            header.pop("__metadata__", None)
-            return {name: _tensor(stream, 8 + size, entry) for name, entry in header.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file (truncated download?): {error}") from error
+            return {name: _tensor(stream, header) for name, header in headers.items()}
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _tensor(stream: BinaryIO, data: int, entry: Mapping[str, Any]) -> TensorFacts:
-    """One tensor of a file whose tensor data begin at byte `data`."""
-    begin, end = entry["data_offsets"]
-    samples = [_read(stream, data + start, stop - start) for start, stop in sample_ranges(begin, end)]
+def _tensor(stream: BinaryIO, header: TensorHeader) -> TensorFacts:
+    samples = [_read(stream, start, stop - start) for start, stop in sample_ranges(header.begin, header.end)]
     return TensorFacts(
-        shape=tuple(entry["shape"]),
-        dtype=entry["dtype"],
-        num_bytes=end - begin,
+        shape=header.shape,
+        dtype=header.dtype,
+        num_bytes=header.end - header.begin,
         is_zero=not any(any(sample) for sample in samples),
-        is_finite=all(_is_finite(sample, entry["dtype"]) for sample in samples),
+        is_finite=all(_is_finite(sample, header.dtype) for sample in samples),
         digest=hashlib.sha256(b"".join(samples)).hexdigest(),
     )
 

@@ -127,6 +127,26 @@ def test_a_broken_index_is_told(tmp_path: Path, content: str) -> None:
     assert "model.safetensors.index.json" in problem
 
 
+def test_files_that_the_index_does_not_name_are_no_weights(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    save_file({"a.in.another.layout": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    assert read_weights(tmp_path).num_bytes == 16
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = read_weights(tmp_path)
+    assert (set(found.tensors), found.num_bytes, found.problems) == ({"a"}, 8, ())
+
+
+def test_an_index_of_files_that_are_not_there(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = read_weights(tmp_path)
+    assert (set(found.tensors), found.has_headers) == (set(), False)
+    (problem,) = found.problems
+    assert "names files that are not there: model-1.safetensors, model-2.safetensors" in problem
+
+
 def test_weights_of_another_format_are_named(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     found = read_weights(tmp_path)
