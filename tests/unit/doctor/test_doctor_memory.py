@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.helpers import target_config
+from tests.helpers import drafter_config, target_config
 from tests.unit.doctor.doctor_facts import facts
 from vllm_dflash.doctor.checks.memory import (
     check_memory,
@@ -50,10 +50,44 @@ def test_kv_bytes_of_the_tiny_pair() -> None:
         # No head_dim, no KV heads: 8 heads of 64 / 8.
         ({"num_hidden_layers": 1, "num_attention_heads": 8, "hidden_size": 64}, 128),
         ({}, None),
+        ({"num_hidden_layers": 1, "num_attention_heads": 8, "hidden_size": 64, "num_key_value_heads": "x"}, None),
+        ({"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": "x"}, None),
     ],
 )
 def test_values_that_a_target_caches(changes: dict, expected: int | None) -> None:
     assert target_kv_values(changes) == expected
+
+
+QWEN3_8B = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+DEEPSEEK_V3 = {
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "ranks", "expected"),
+    [
+        # 36 layers x (K and V) x 8, 4, 1 heads x 128; with 16 ranks two of them hold the same head.
+        (QWEN3_8B, 1, 73728),
+        (QWEN3_8B, 2, 36864),
+        (QWEN3_8B, 8, 9216),
+        (QWEN3_8B, 16, 9216),
+        # Every rank holds the latents whole.
+        (DEEPSEEK_V3, 8, 35136),
+    ],
+)
+def test_values_that_a_rank_caches(target: dict, ranks: int, expected: int) -> None:
+    assert target_kv_values(target, ranks) == expected
+
+
+def test_kv_bytes_of_a_rank() -> None:
+    # Each of 2 ranks has 1 of 2 heads; 4 ranks hold two copies of each, so one of them has no less.
+    assert kv_bytes_per_token(facts(asked=Asked(tensor_parallel_size=2))) == (768, 256)
+    assert kv_bytes_per_token(facts(asked=Asked(tensor_parallel_size=4))) == (768, 256)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +134,13 @@ def test_ranks_share_the_weights() -> None:
     assert "room for about 3,879,731 tokens" in seen
 
 
+def test_ranks_beyond_the_kv_heads_share_no_more_of_the_cache() -> None:
+    # (0.92 x 10 - 2.75) GiB a rank, by 1024 bytes a token, as with two ranks: 6.45 GiB / 1 KiB.
+    _, seen = memory(10 * GIB, GIB, (("GPU", 10 * GIB),) * 4, ranks=4)
+    assert "KV cache 768 B + 256 B (drafter) a token on each rank" in seen
+    assert "room for about 6,763,315 tokens" in seen
+
+
 def test_without_a_gpu_the_numbers_alone() -> None:
     severity, seen = memory(7 * GIB, GIB, ())
     assert severity == "ok"
@@ -111,6 +152,37 @@ def test_heads_that_do_not_divide() -> None:
     assert found.severity.name == "ERROR"
     assert "the target has 6" in found.seen
     assert "drafter" not in found.seen
+
+
+def tensor_parallel(target: dict, drafter: dict, ranks: int) -> list[tuple[str, str]]:
+    these = facts(target_config(**target), drafter_config(**drafter), asked=Asked(tensor_parallel_size=ranks))
+    return [(one.severity.name, one.seen) for one in check_tensor_parallel(these)]
+
+
+def test_kv_heads_that_ranks_cannot_share() -> None:
+    ((severity, seen),) = tensor_parallel(
+        {"num_attention_heads": 12, "num_key_value_heads": 3},
+        {"num_attention_heads": 12, "num_key_value_heads": 6},
+        ranks=4,
+    )
+    assert severity == "ERROR"
+    assert "neither divides the KV heads nor is a multiple of them: the target has 3, the drafter has 6" in seen
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter"),
+    [
+        # Two ranks hold the same head; two heads a rank.
+        ({"num_attention_heads": 16, "num_key_value_heads": 2}, {"num_attention_heads": 16, "num_key_value_heads": 8}),
+        # Latents are no heads.
+        (
+            {"num_attention_heads": 16, "num_key_value_heads": 3, "kv_lora_rank": 512},
+            {"num_attention_heads": 16, "num_key_value_heads": 4},
+        ),
+    ],
+)
+def test_kv_heads_that_ranks_can_share(target: dict, drafter: dict) -> None:
+    assert tensor_parallel(target, drafter, ranks=4) == [("OK", "4 ranks, heads dealt out evenly")]
 
 
 def test_more_ranks_than_gpus() -> None:
