@@ -33,6 +33,20 @@ def test_a_short_file_gives_all_it_has(tmp_path: Path) -> None:
     assert len(load_prompts(write_set(tmp_path / "set.jsonl", 3), 8)) == 3
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    path, text = tmp_path / "set.jsonl", "one\u2028two\u0085three"
+    first, second = (json.dumps({"id": name, "text": text}, ensure_ascii=False) for name in "ab")
+    path.write_text(f"{first}\n\n{second}\n", encoding="utf-8")
+    assert load_prompts(path, 9) == (Prompt("a", text), Prompt("b", text))
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_bytes(b'{"id": "a", "text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"set\.jsonl: cannot be read: .*utf-8"):
+        load_prompts(path, 1)
+
+
 @pytest.mark.parametrize("line", ["not json", '{"id": "p1"}', "[1]", "null"])
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = write_set(tmp_path / "set.jsonl", 1)

@@ -7,18 +7,19 @@ import json
 from pathlib import Path
 
 from vllm_dflash.benchmark.job import Prompt
+from vllm_dflash.files import numbered_lines
 
 
 def load_prompts(path: Path, count: int, with_token_ids: bool = True) -> tuple[Prompt, ...]:
     """`count` prompts spread evenly over the file, always the same ones.
 
     with_token_ids: keep the stored ids; they are right only for the tokenizer that the set was made with.
-    Raises ValueError naming the line that is not a prompt.
+    Raises ValueError naming the file that cannot be read, or the line that is not a prompt.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = numbered_lines(path)
     count = min(count, len(lines))
-    indices = [i * len(lines) // count for i in range(count)]
-    return tuple(_parse(lines[i], f"{path}:{i + 1}", with_token_ids) for i in indices)
+    spread = [lines[i * len(lines) // count] for i in range(count)]
+    return tuple(_parse(line, f"{path}:{number}", with_token_ids) for number, line in spread)
 
 
 def _parse(line: str, where: str, with_token_ids: bool) -> Prompt:

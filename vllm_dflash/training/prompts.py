@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from vllm_dflash.files import write_whole
+from vllm_dflash.files import numbered_lines, write_whole
 from vllm_dflash.training.corpus import Document, snippets
 from vllm_dflash.training.tokenizer import chat_text
 
@@ -97,9 +97,9 @@ def write_user_prompts(prompts: Iterable[Prompt], file: Path) -> None:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Read what `write_prompts` wrote. Raises ValueError naming file and line of a bad record."""
+    """Read what `write_prompts` wrote. Raises ValueError naming a file that cannot be read, or a bad record's line."""
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in numbered_lines(file):
         try:
             prompts.append(Prompt(**json.loads(line)))
         except (TypeError, json.JSONDecodeError) as error:

@@ -77,6 +77,12 @@ def test_too_few_prompts_are_refused(tokenizer):
         held_out_prompts([Document("a.py", source("a"), True)], tokenizer, 2000, seed=0)
 
 
+def test_what_is_written_is_read_back(tmp_path):
+    prompt = Prompt("1", "raw", "one\u2028two\u0085three", [5], "a.py")
+    write_prompts([prompt], tmp_path / "prompts.jsonl")
+    assert read_prompts(tmp_path / "prompts.jsonl") == [prompt]
+
+
 def test_bad_record_names_file_and_line(tmp_path):
     (tmp_path / "p.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"p\.jsonl:1"):
