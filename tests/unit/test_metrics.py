@@ -3,11 +3,17 @@
 
 import pytest
 
-from vllm_dflash.benchmark.metrics import AcceptanceCounts, first_difference, tokens_per_second
+from vllm_dflash.benchmark.metrics import AcceptanceCounts, counts_of_rounds, first_difference, tokens_per_second
 
 NOTHING = AcceptanceCounts(drafts=0, drafted_tokens=0, accepted_tokens=0, accepted_per_position=(0, 0, 0))
 # Four drafts of three tokens, with 3, 1, 1 and 0 of them accepted.
 COUNTS = AcceptanceCounts(drafts=4, drafted_tokens=12, accepted_tokens=5, accepted_per_position=(3, 1, 1))
+
+
+def test_rounds_of_whole_blocks_are_counted() -> None:
+    # Four rounds of K = 3 that gave 4, 1, 2 and 1 tokens, the bonus token included: 3, 0, 1 and 0 accepted.
+    assert counts_of_rounds([4, 1, 2, 1], 3) == AcceptanceCounts(4, 12, 4, (2, 1, 1), (4, 4, 4))
+    assert counts_of_rounds([], 2) == AcceptanceCounts(0, 0, 0, (0, 0), (0, 0))
 
 
 def test_acceptance_length_includes_the_bonus_token() -> None:

@@ -83,6 +83,18 @@ class AcceptanceCounts:
         return tuple(more - fewer for more, fewer in zip(at_least, at_least[1:], strict=False))
 
 
+def counts_of_rounds(lengths: Sequence[int], num_speculative_tokens: int) -> AcceptanceCounts:
+    """Of the tokens that each round gave, bonus token included, where every round drafts a whole block."""
+    drafts, positions = len(lengths), range(1, num_speculative_tokens + 1)
+    return AcceptanceCounts(
+        drafts=drafts,
+        drafted_tokens=drafts * num_speculative_tokens,
+        accepted_tokens=sum(lengths) - drafts,
+        accepted_per_position=tuple(sum(length > position for length in lengths) for position in positions),
+        drafted_per_position=(drafts,) * num_speculative_tokens,
+    )
+
+
 def equally_long(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Both, if they are. Raises ValueError if counts are of different draft lengths."""
     if len(left) != len(right):

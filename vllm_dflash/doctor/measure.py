@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_dflash.benchmark.job import Prompt
-from vllm_dflash.benchmark.metrics import AcceptanceCounts
+from vllm_dflash.benchmark.metrics import counts_of_rounds
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.doctor.facts import Facts
 from vllm_dflash.doctor.measurement import DEFAULT, NO_THINKING, THINKING, Measurement, Run
@@ -71,13 +71,7 @@ def measure(facts: Facts, prompts: Sequence[Prompt], max_new_tokens: int, show: 
 def run_of(config: DFlashConfig, way: Way, lengths: Sequence[Sequence[int]]) -> Run:
     """Count. lengths: of each prompt, of each draft, how many tokens were accepted and the target's own."""
     drafts = [length for prompt in lengths for length in prompt]
-    k = config.num_speculative_tokens
-    counts = AcceptanceCounts(
-        drafts=len(drafts),
-        drafted_tokens=len(drafts) * k,
-        accepted_tokens=sum(length - 1 for length in drafts),
-        accepted_per_position=tuple(sum(length > position for length in drafts) for position in range(1, k + 1)),
-    )
+    counts = counts_of_rounds(drafts, config.num_speculative_tokens)
     return Run(config.target_layer_ids, way.shift, way.mode, counts, tuple(len(prompt) for prompt in lengths))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_dflash.benchmark.metrics import counts_of_rounds
 from vllm_dflash.hf import DFlashDraftModel
 from vllm_dflash.training.prompts import Prompt, read_prompts
 
@@ -46,16 +47,13 @@ def acceptance(
     end_ids: list[int] | None,
 ) -> Acceptance:
     """Generate with drafting and count. `end_ids` end a response early; None always writes `max_new_tokens`."""
-    accepted, drafts = [0] * (draft.block_size - 1), 0
+    lengths: list[int] = []
     for prompt in prompts:
-        lengths = acceptance_lengths(draft, target, prompt.prompt_token_ids, max_new_tokens, end_ids)
-        drafts += len(lengths)
-        for length in lengths:
-            for k in range(length - 1):
-                accepted[k] += 1
-    if not drafts:
+        lengths += acceptance_lengths(draft, target, prompt.prompt_token_ids, max_new_tokens, end_ids)
+    if not lengths:
         raise ValueError("nothing was drafted: no prompts, or --max-new-tokens is 1")
-    return Acceptance(drafts, tuple(accepted))
+    counts = counts_of_rounds(lengths, draft.block_size - 1)
+    return Acceptance(counts.drafts, counts.accepted_per_position)
 
 
 def acceptance_lengths(

@@ -98,7 +98,7 @@ def test_drafts_are_counted() -> None:
     config = DFlashConfig.from_dict(drafter_config(block_size=4))
     counted = run_of(config, Way(0, "default"), [[4, 1], [2]])
     # Accepted 3, 0 and 1 of 3 each: the first token of two drafts, the second and third of one.
-    assert counted.counts == AcceptanceCounts(3, 9, 4, (2, 1, 1))
+    assert counted.counts == AcceptanceCounts(3, 9, 4, (2, 1, 1), (3, 3, 3))
     assert counted.drafts_by_prompt == (2, 1)
     assert counted.length == pytest.approx(1 + 4 / 3)
 
