@@ -91,6 +91,13 @@ def test_drafts_of_varying_length(made_by: Any) -> None:
     assert by_position("vllm:spec_decode_num_accepted_tokens_per_pos_total", 3) == [2, 2, 0]
 
 
+def test_drafts_of_which_nothing_was_verified(made_by: Any) -> None:
+    """Two of three, as when a grammar takes all tokens of a draft."""
+    made_by(speculative_config()).observe(stats_of(3, [(0, 0), (3, 2), (0, 0)], StepReport()))
+    assert value("vllm:spec_decode_num_drafts_total") == 3
+    assert value("vllm_dflash:spec_decode_num_drafts_total") == 1
+
+
 def test_times_and_fallbacks(made_by: Any) -> None:
     prom = made_by(speculative_config())
     assert value("vllm_dflash:fallbacks_total", reason="no_graph") == 0

@@ -296,6 +296,31 @@ def test_drafts_that_are_never_accepted_are_warned_of(warned: list[str]) -> None
     assert warned[0].startswith("vllm_dflash: acceptance length 1.00 over the last 2000 drafts (60 s) is below 1.25: ")
 
 
+def test_steps_that_verify_nothing_are_not_warned_of(warned: list[str]) -> None:
+    """With "tree": "auto" vLLM plans drafts, and counts them, while none pays."""
+    now = [0.0]
+    metrics = scheduler.SchedulerMetrics(engine_config(6, is_auto=True), lambda: now[0])
+    for _ in range(30):
+        now[0] += 3.0
+        stats = stats_of(6, *[(0, 0)] * 100)
+        metrics.add(StepReport(budget=BudgetInForce(0, 100)), stats)
+        assert stats.spec_decoding_stats is not None and stats.spec_decoding_stats.num_drafts == 100
+        assert stats.spec_decoding_stats.num_draft_tokens_per_pos[:6] == [0] * 6
+    assert warned == []
+
+
+def test_drafts_between_steps_that_verify_nothing_are_judged_alone(warned: list[str]) -> None:
+    """One accepted token a draft is enough; over five times as many drafts it would be 1.20."""
+    now = [0.0]
+    metrics = scheduler.SchedulerMetrics(engine_config(6, is_auto=True), lambda: now[0])
+    for _ in range(100):
+        now[0] += 3.0
+        metrics.add(StepReport(budget=BudgetInForce(400, 100)), stats_of(6, *[(4, 1)] * 100))
+        for _ in range(4):
+            metrics.add(StepReport(budget=BudgetInForce(0, 100)), stats_of(6, *[(0, 0)] * 100))
+    assert warned == []
+
+
 @pytest.mark.parametrize("hits", [0, 64])
 def test_a_prefix_cache_that_finds_nothing_is_warned_of(warned: list[str], hits: int) -> None:
     """Requests as vLLM's scheduler has them: it may have ended one by the time its step is counted."""

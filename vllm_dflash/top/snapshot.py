@@ -164,7 +164,8 @@ def _counters(page: _Page, has_plugin: bool) -> Counters:
         preemptions=page.sum(f"{VLLM}num_preemptions_total"),
         prefix_queries=page.sum(f"{VLLM}prefix_cache_queries_total"),
         prefix_hits=page.sum(f"{VLLM}prefix_cache_hits_total"),
-        drafts=page.sum(f"{VLLM}spec_decode_num_drafts_total"),
+        # vLLM's counts drafts of which nothing was verified as well.
+        drafts=page.sum(f"{owner}spec_decode_num_drafts_total"),
         drafted=page.sum(f"{VLLM}spec_decode_num_draft_tokens_total"),
         accepted=page.sum(f"{VLLM}spec_decode_num_accepted_tokens_total"),
         accepted_per_position=page.by_position(f"{owner}spec_decode_num_accepted_tokens_per_pos_total"),

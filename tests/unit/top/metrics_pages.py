@@ -64,7 +64,7 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="tiny",
 
 #: What the plugin adds; a third of the drafts was too short for the last position.
 PLUGIN = """\
-# HELP vllm_dflash:spec_decode_num_drafts_total Drafts that were verified.
+# HELP vllm_dflash:spec_decode_num_drafts_total Drafts of which a token was verified.
 # TYPE vllm_dflash:spec_decode_num_drafts_total counter
 vllm_dflash:spec_decode_num_drafts_total{engine="0",model_name="tiny"} 40.0
 # HELP vllm_dflash:spec_decode_num_draft_tokens_per_pos_total Drafts that had a token at the position.

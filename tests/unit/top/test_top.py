@@ -62,7 +62,17 @@ def test_the_plugins_denominators() -> None:
     assert snapshot.has_plugin
     assert snapshot.counters.position_rates == (28 / 40, 16 / 32, 6 / 24)
     assert snapshot.budget == (42, 7)
+    assert snapshot.counters.acceptance_length == 1 + 50 / 40
     assert dict(snapshot.counters.fallbacks) == {"does_not_pay": 12, "no_graph": 0, "of a later version": 2}
+
+
+def test_drafts_of_which_nothing_was_verified_are_none() -> None:
+    """vLLM counts 60 more of them than the plugin."""
+    name = 'num_drafts_total{engine="0",model_name="tiny"} '
+    page = VLLM_ONLY.replace(f"{name}30.0", f"{name}90.0")
+    counters = parse(page + PLUGIN, 0.0).counters
+    assert (counters.drafts, counters.acceptance_length) == (40, 1 + 50 / 40)
+    assert parse(page, 0.0).counters.drafts == 100
 
 
 def test_positions_are_ordered_as_numbers() -> None:
@@ -141,7 +151,7 @@ def test_a_fall_back_that_is_new_is_no_restart() -> None:
 
 def test_what_is_shown() -> None:
     later = with_values(
-        BOTH, generation_tokens_total=180.0, spec_decode_num_drafts_total=50.0,
+        BOTH, generation_tokens_total=180.0, spec_decode_num_drafts_total=60.0,
         spec_decode_num_accepted_tokens_total=80.0, num_preemptions_total=3.0,
     )  # fmt: skip
     text = re.sub(r"[ │]+", " ", shown(BOTH, later))

@@ -101,7 +101,7 @@ class Families:
             return kind(name=PREFIX + name, documentation=text, labelnames=[*labelnames, *more], **options)
 
         counter, gauge, histogram = logger_class._counter_cls, logger_class._gauge_cls, logger_class._histogram_cls
-        self.drafts = make(counter, "spec_decode_num_drafts", "Drafts that were verified.")
+        self.drafts = make(counter, "spec_decode_num_drafts", "Drafts of which a token was verified.")
         self.drafted = make(
             counter, "spec_decode_num_draft_tokens_per_pos", "Drafts that had a token at the position.", "position"
         )
@@ -138,7 +138,7 @@ class EngineMetrics:
 
     def observe(self, stats: Any) -> None:
         """One step, as vLLM's SpecDecodingStats have it."""
-        self._drafts.inc(stats.num_drafts)
+        self._drafts.inc(stats.num_draft_tokens_per_pos[0])  # `num_drafts` counts those of which nothing was verified
         self._nodes.inc(stats.num_draft_tokens)
         for counter, count in zip(self._accepted, stats.num_accepted_tokens_per_pos, strict=False):
             counter.inc(count)

@@ -75,7 +75,7 @@ class SchedulerMetrics:
                 self._prefix_cache.see_prompt(request.block_hashes)
 
     def add(self, report: StepReport, stats: SchedulerStats | None) -> None:
-        """One step. A report waits for a step that verifies drafts: vLLM would log empty statistics as such."""
+        """One step. A report waits for one in which vLLM counts drafts: it would log empty statistics as such."""
         self._waiting.add(report)
         if stats is None:
             return
@@ -84,8 +84,10 @@ class SchedulerMetrics:
         drafted = stats.spec_decoding_stats
         if drafted is None or not drafted.num_drafts:
             return
-        self._warn(self._acceptance.see(drafted.num_drafts, drafted.num_accepted_tokens, report))
-        drafted.num_draft_tokens_per_pos = [*self._drafts_per_position(drafted), *wire.encode(self._waiting)]
+        reached = self._drafts_per_position(drafted)
+        # vLLM counts a draft wherever it planned one, also where nothing of it was verified.
+        self._warn(self._acceptance.see(reached[0], drafted.num_accepted_tokens, report))
+        drafted.num_draft_tokens_per_pos = [*reached, *wire.encode(self._waiting)]
         self._waiting = StepReport()
 
     def _drafts_per_position(self, drafted: SpecDecodingStats) -> list[int]:

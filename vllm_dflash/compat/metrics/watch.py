@@ -55,7 +55,7 @@ class AcceptanceWatch:
         self._verify_us = self._draft_us = 0
 
     def see(self, num_drafts: int, num_accepted: int, report: StepReport) -> str | None:
-        """One step. What is to be said at its end, if anything."""
+        """One step, with its drafts of which at least one token was verified. What is to be said now, if anything."""
         self._drafts += num_drafts
         self._accepted += num_accepted
         self._break_even = report.break_even or self._break_even
