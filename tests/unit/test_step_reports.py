@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 import msgspec
+from vllm import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from tests.helpers import drafter_config
@@ -216,6 +219,8 @@ def scheduler_of(config: Any, steps: list[SchedulerStats | None], log_stats: boo
     scheduler.install(SimpleNamespace(Scheduler=FakeScheduler))  # type: ignore[arg-type]
     made: Any = FakeScheduler()
     made.vllm_config, made.log_stats, made.requests = config, log_stats, {}
+    made.kv_cache_manager = KVCacheManager.__new__(KVCacheManager)
+    made.kv_cache_manager.enable_caching = True
     return made
 
 
@@ -321,18 +326,41 @@ def test_drafts_between_steps_that_verify_nothing_are_judged_alone(warned: list[
     assert warned == []
 
 
-@pytest.mark.parametrize("hits", [0, 64])
-def test_a_prefix_cache_that_finds_nothing_is_warned_of(warned: list[str], hits: int) -> None:
-    """Requests as vLLM's scheduler has them: it may have ended one by the time its step is counted."""
-    config = engine_config()
-    steps: list[SchedulerStats | None] = [
-        SchedulerStats(prefix_cache_stats=PrefixCacheStats(requests=1, queries=100, hits=hits)) for _ in range(70)
-    ]
-    made = scheduler_of(config, steps)
-    made.requests = {"a": SimpleNamespace(block_hashes=["first", "second"]), "b": SimpleNamespace(block_hashes=[])}
+def request_of(*block_hashes: str, skips: bool = False) -> Any:
+    """vLLM's own, of a prompt with such blocks."""
+    sampling = SamplingParams(max_tokens=8, skip_reading_prefix_cache=skips)
+    hasher: Any = lambda request: list(block_hashes)  # noqa: E731
+    return Request("a", [1, 2, 3], sampling, None, block_hasher=hasher)
+
+
+def schedule_prompts(requests: dict[str, Any], hits: int, enable_caching: bool = True) -> None:
+    """70 steps in which these are new and one lookup is counted, and a request that is over by then."""
+    stats = PrefixCacheStats(requests=1, queries=100, hits=hits)
+    made = scheduler_of(engine_config(), [SchedulerStats(prefix_cache_stats=stats)] * 70)
+    made.requests, made.kv_cache_manager.enable_caching = requests, enable_caching
     step = plan({})
-    step.scheduled_new_reqs = [SimpleNamespace(req_id=name) for name in ("a", "b", "over")]
+    step.scheduled_new_reqs = [SimpleNamespace(req_id=name) for name in (*requests, "over")]
     for _ in range(70):
         made.update_from_output(step, reported(StepReport()))
+
+
+@pytest.mark.parametrize("hits", [0, 64])
+def test_a_prefix_cache_that_finds_nothing_is_warned_of(warned: list[str], hits: int) -> None:
+    schedule_prompts({"a": request_of("first", "second"), "b": request_of()}, hits)
     expected = "vllm_dflash: the prefix cache found 0 of the 6500 tokens of the last 65 prompts, although 64 of them"
     assert [line[: len(expected)] for line in warned] == ([] if hits else [expected])
+
+
+def test_prompts_of_preempted_requests_are_no_repeats(warned: list[str]) -> None:
+    """vLLM's statistics have their lookups apart."""
+    request = request_of("first", "second")
+    request.num_preemptions = 1
+    schedule_prompts({"a": request}, hits=0)
+    assert warned == []
+
+
+def test_prompts_that_are_not_looked_up_are_no_repeats(warned: list[str]) -> None:
+    """Such as those whose log probabilities were asked for; or with caching off, where a connector needs the hashes."""
+    schedule_prompts({"a": request_of("first", "second", skips=True)}, hits=0)
+    schedule_prompts({"a": request_of("first", "second")}, hits=0, enable_caching=False)
+    assert warned == []

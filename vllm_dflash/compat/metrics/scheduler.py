@@ -68,10 +68,12 @@ class SchedulerMetrics:
         self._prefix_cache = PrefixCacheWatch(clock)
 
     def see_prompts(self, scheduler: Any, scheduler_output: Any) -> None:
-        """The step's new requests, before any of them is over."""
+        """The step's new requests that looked into the prefix cache, before any of them is over."""
+        is_looked_up = scheduler.kv_cache_manager.prefix_cache_lookup_enabled
         for new in scheduler_output.scheduled_new_reqs:
             request = scheduler.requests.get(new.req_id)
-            if request is not None and request.block_hashes:
+            # For the V2 runner preempted ones are new again; vLLM counts their lookups apart.
+            if request is not None and request.num_preemptions == 0 and is_looked_up(request):
                 self._prefix_cache.see_prompt(request.block_hashes)
 
     def add(self, report: StepReport, stats: SchedulerStats | None) -> None:
