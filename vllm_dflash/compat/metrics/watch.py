@@ -20,8 +20,8 @@ LEAST_LENGTH = 1.25
 
 #: Prompts whose first blocks are looked for among later ones, and in how many of a prompt's blocks.
 _REMEMBERED, _BLOCKS = 512, 2
-#: A stretch of lookups: so many prompts that repeat an earlier one's first blocks; or so many requests of any kind.
-MIN_REPEATS, MIN_LOOKUPS = 64, 2000
+#: A stretch of lookups: so many prompts that repeat an earlier one's first blocks.
+MIN_REPEATS = 64
 #: Fewer of the repeated prompts than this found anything, if the tokens found were one block each.
 _LEAST_SHARE = 0.1
 
@@ -117,19 +117,17 @@ class PrefixCacheWatch:
         self._requests += num_requests
         self._queries += num_queries
         self._hits += num_hits
-        if self._repeats < MIN_REPEATS and self._requests < MIN_LOOKUPS:
+        if self._repeats < MIN_REPEATS:
             return None
         repeats, requests, queries, hits = self._repeats, self._requests, self._queries, self._hits
         self._begin()
         # A repeated prompt finds a block of tokens at least; no block is smaller than one token.
-        is_broken = repeats >= MIN_REPEATS and hits < _LEAST_SHARE * repeats
-        is_empty = requests >= MIN_LOOKUPS and hits == 0
-        if not (is_broken or is_empty) or not self._quiet.passes():
+        if hits >= _LEAST_SHARE * repeats or not self._quiet.passes():
             return None
-        why = f"although {repeats} of them began like an earlier one" if repeats else "none began like a recent one"
         return (
-            f"the prefix cache found {hits} of the {queries} tokens of the last {requests} prompts, {why}. A drafter "
-            "can do that where its layers and the target's are cached in groups of their own. Try: the same prompts "
-            "without --speculative-config, to see whether it is the drafter; a larger --gpu-memory-utilization; with a "
-            "target that mixes kinds of layers, --disable-hybrid-kv-cache-manager (docs/metrics.md)"
+            f"the prefix cache found {hits} of the {queries} tokens of the last {requests} prompts, although {repeats} "
+            "of them began like an earlier one. A drafter can do that where its layers and the target's are cached in "
+            "groups of their own. Try: the same prompts without --speculative-config, to see whether it is the drafter;"
+            " a larger --gpu-memory-utilization; with a target that mixes kinds of layers, "
+            "--disable-hybrid-kv-cache-manager (docs/metrics.md)"
         )
