@@ -62,6 +62,8 @@ class Poller:
             answer = self._client.get(self.url)
         except httpx.HTTPError as error:
             raise UnreachableError(f"{self.url} does not answer: {str(error) or type(error).__name__}") from error
+        except (httpx.InvalidURL, UnicodeError) as error:  # of hosts that have no name in DNS, also after a redirection
+            raise UnreachableError(f"{self.url} cannot be asked: {error}") from error
         if answer.status_code >= 500:
             raise UnreachableError(f"{self.url} answers {answer.status_code} {answer.reason_phrase}")
         if answer.status_code != 200:

@@ -210,6 +210,22 @@ def test_what_is_no_address_is_named(given: str) -> None:
         metrics_url(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("http://a..b", "label empty"),
+        ("http://é..x:80", "Invalid IDNA hostname: 'é..x'"),
+        ("http://xn--a:1", "Codepoint U+0080"),
+        ("http://host/\x01", "Invalid non-printable ASCII character in URL"),
+    ],
+)
+def test_hosts_that_have_no_name_in_dns(given: str, message: str) -> None:
+    """Refused by httpx or by Python before anything is sent."""
+    expected = rf"^URL: {re.escape(given)}/metrics cannot be asked: .*{re.escape(message)}"
+    with pytest.raises(CommandError, match=expected):
+        View(Poller(given, httpx.HTTPTransport())).begin()
+
+
 class Clock:
     now = 0.0
 
