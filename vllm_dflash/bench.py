@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_dflash.bench_backends import SERVERS, BenchOptions, Display, check_options, planned_runs
+from vllm_dflash.bench_backends import SERVERS, BenchOptions, Display, Plan, check_options, planned_runs
 from vllm_dflash.benchmark.engine_process import EngineFailedError
 from vllm_dflash.benchmark.environment import environment
 from vllm_dflash.benchmark.records import RequestRecord, Run
@@ -21,11 +21,10 @@ from vllm_dflash.benchmark.results import (
     Results,
     Settings,
     load_results,
-    merged_results,
     save_results,
-    with_baseline,
 )
 from vllm_dflash.benchmark.sets import PromptSet, load_prompt_set
+from vllm_dflash.benchmark.side_by_side import merged_results, with_baseline
 from vllm_dflash.benchmark.table import show_results
 from vllm_dflash.console import CommandError, require_packages, show_log_tail, value_errors
 
@@ -58,7 +57,7 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         environment=environment(),
-        settings=_settings(options),
+        settings=_settings(options, plan),
         prompt_sets=tuple(_info(one) for one in sets),
         runs=(),
         baseline=plan.baseline,
@@ -112,10 +111,11 @@ def _any_run_failed(runs: tuple[Run, ...]) -> bool:
     return any(all(record.error for record in run.requests) for run in runs)
 
 
-def _settings(options: BenchOptions) -> Settings:
+def _settings(options: BenchOptions, plan: Plan) -> Settings:
     return Settings(
         options.backend, options.max_tokens, options.temperature, options.top_p, options.thinking, options.chat,
-        options.num_prompts, options.warm_up, options.seed, options.timeout_seconds,
+        options.num_prompts, options.warm_up, options.seed, options.timeout_seconds, plan.model, plan.drafter,
+        plan.num_speculative_tokens, plan.dtype, plan.api, dict(options.engine_args),
     )  # fmt: skip
 
 

@@ -63,10 +63,18 @@ class Display(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a benchmark, made one after the other; and the system among them that speed-ups are relative to."""
+    """The runs of a benchmark, made one after the other; and the system among them that speed-ups are relative to.
+
+    The others are what will be measured, as far as it is known here: fields as in `Settings`.
+    """
 
     runs: Callable[[Display], Generator[Run, None, None]]
+    model: str
     baseline: str | None = None
+    drafter: str | None = None
+    num_speculative_tokens: int | None = None
+    dtype: str | None = None
+    api: str | None = None
 
 
 def check_options(options: BenchOptions) -> None:
@@ -128,7 +136,9 @@ def _server_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan:
         lambda display: run_servers(
             servers, sets, options.concurrencies, options.warm_up, display.start, display.record
         ),
-        "baseline" if options.baseline_url else None,
+        model=server.endpoint.model,
+        baseline="baseline" if options.baseline_url else None,
+        api=server.endpoint.api,
     )
 
 
@@ -193,7 +203,11 @@ def _offline_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan:
     logs = new_log_directory()
     return Plan(
         lambda display: run_offline(job, systems, sets, options.concurrencies, logs, display.start, display.record),
-        PLAIN if PLAIN in systems and not options.baseline else None,
+        model=target,
+        baseline=PLAIN if PLAIN in systems and not options.baseline else None,
+        drafter=drafter,
+        num_speculative_tokens=job.num_speculative_tokens,
+        dtype=options.dtype,
     )
 
 
@@ -208,5 +222,8 @@ def _transformers_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan
     )  # fmt: skip
     return Plan(
         lambda display: run_transformers(job, sets, display.start, display.record),
-        None if options.baseline else GENERATE,
+        model=target,
+        baseline=None if options.baseline else GENERATE,
+        drafter=drafter,
+        dtype=options.dtype,
     )

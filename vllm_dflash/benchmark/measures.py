@@ -12,7 +12,8 @@ acceptance length, mean of responses
                      every response's own acceptance length, averaged: all responses weigh the same
 percentiles          linear between the two nearest ranks
 
-Requests that failed count as errors and nowhere else.
+Requests that failed count as errors; times and tokens are of the others. What a server did for a request before it
+failed is in the server's counters: figures of acceptance, prefix hits and preemptions that come from these hold it.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def time_per_output_token(record: RequestRecord) -> float | None:
     return (record.last_token - record.first_token) / (record.output_tokens - 1)
 
 
-def summarise(run: Run, baseline: Run | None = None) -> Summary:
-    """A run's measures, and its speed-up over a run of the same prompts on another system."""
+def summarise(run: Run, reference_speed: float | None = None) -> Summary:
+    """A run's measures. reference_speed: tokens/s of the same prompts on the system that its speed-up is over."""
     done = [record for record in run.requests if record.error is None]
     output_tokens = sum(record.output_tokens for record in done)
     counters = run.counters
@@ -128,7 +129,7 @@ def summarise(run: Run, baseline: Run | None = None) -> Summary:
         accepted_histogram=counts.histogram if counts else (),
         preemptions=counters.preemptions if counters else None,
         prefix_cache_hit_rate=hits / queries if hits is not None and queries else None,
-        speedup=_speedup(speed, baseline),
+        speedup=speed / reference_speed if speed is not None and reference_speed else None,
     )
 
 
@@ -156,10 +157,3 @@ def _acceptance_rate(counts: AcceptanceCounts | None, responses: Sequence[Respon
     if not told or len(told) != len(responses):
         return None
     return sum(response.accepted or 0 for response in told) / sum(response.drafted or 0 for response in told)
-
-
-def _speedup(speed: float | None, baseline: Run | None) -> float | None:
-    if speed is None or baseline is None:
-        return None
-    reference = summarise(baseline).tokens_per_second
-    return speed / reference if reference else None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from vllm_dflash.benchmark.metrics import AcceptanceCounts
 
@@ -72,6 +72,24 @@ class Counters:
             _difference(self.prefix_cache_hits, earlier.prefix_cache_hits),
         )
 
+    def fell_since(self, earlier: Counters) -> bool:
+        """Whether a count is lower than it was, is gone, or is of other draft positions: one server's only grow."""
+        mine, theirs = self.acceptance, earlier.acceptance
+        if mine and theirs and len(mine.accepted_per_position) != len(theirs.accepted_per_position):
+            return True
+        now = self._by_name()
+        return any(now.get(name, 0) < count for name, count in earlier._by_name().items())
+
+    def _by_name(self) -> dict[str, int]:
+        """Every count that there is; those by position are named by it."""
+        found: dict[str, int] = {}
+        fields = asdict(self)
+        by_acceptance = fields.pop("acceptance") or {}
+        for name, value in (fields | by_acceptance).items():
+            values = value if isinstance(value, tuple) else (value,)
+            found |= {f"{name} {i}": count for i, count in enumerate(values) if count is not None}
+        return found
+
 
 def _difference(now: int | None, then: int | None) -> int | None:
     return None if now is None else now - (then or 0)
@@ -84,6 +102,7 @@ class Run:
     seconds: from the first request sent to the last one ended.
     counters: over this run alone, warm-up left out; None if the system has none to read.
     notes: what a reader of the numbers must know.
+    reference_tokens_per_second: what its speed-up is over, where results of several files stand side by side.
     """
 
     system: str
@@ -94,3 +113,4 @@ class Run:
     counters: Counters | None = None
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    reference_tokens_per_second: float | None = None

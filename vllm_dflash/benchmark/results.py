@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,11 @@ FORMAT: Literal["vllm-dflash-bench/1"] = "vllm-dflash-bench/1"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the requests asked for. thinking None: not said, so the server's template decides."""
+    """What the requests asked for, and of what. thinking None: not said, so the server's template decides.
+
+    model: the target, or what the server calls its model. api: a server's, None for an engine started here.
+    drafter, num_speculative_tokens, dtype, engine_args: of an engine started here; a server does not tell them.
+    """
 
     backend: str
     max_tokens: int
@@ -30,6 +33,12 @@ class Settings:
     warm_up: int
     seed: int
     timeout_seconds: float
+    model: str | None = None
+    drafter: str | None = None
+    num_speculative_tokens: int | None = None
+    dtype: str | None = None
+    api: str | None = None
+    engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,10 @@ class PromptSetInfo:
 
 @dataclass(frozen=True)
 class Results:
-    """baseline: the system that speed-ups are relative to, if it is among the runs or was read from another file."""
+    """baseline: the system that speed-ups are relative to, if it is among the runs or was read from another file.
+
+    None where every run names its own reference, as in results of several files.
+    """
 
     created: str
     command: str
@@ -64,13 +76,22 @@ class Results:
     @property
     def summaries(self) -> tuple[Summary, ...]:
         """One for each run, in the order they ran, speed-ups included."""
-        reference = {
-            (run.dataset, run.concurrency): run
+        return tuple(summarise(run, speed) for run, speed in zip(self.runs, self.reference_speeds, strict=True))
+
+    @property
+    def reference_speeds(self) -> tuple[float | None, ...]:
+        """For each run the tokens/s that its speed-up is over: its own, or the baseline's on the same prompts."""
+        speeds = {
+            (run.dataset, run.concurrency): summarise(run).tokens_per_second
             for run in (*self.runs, *self.baseline_runs)
             if run.system == self.baseline
         }
         return tuple(
-            summarise(run, None if run.system == self.baseline else reference.get((run.dataset, run.concurrency)))
+            run.reference_tokens_per_second
+            if self.baseline is None
+            else None
+            if run.system == self.baseline
+            else speeds.get((run.dataset, run.concurrency))
             for run in self.runs
         )
 
@@ -106,61 +127,3 @@ def _check_format(content: Any, path: Path) -> None:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: format = {found!r}: not a result of vllm-dflash bench --output ({FORMAT})")
-
-
-def with_baseline(results: Results, other: Results, path: str) -> Results:
-    """`results` with speed-ups over another run's results. Raises ValueError if those hold several systems."""
-    systems = sorted({run.system for run in other.runs})
-    name = other.baseline if other.baseline in systems else systems[0] if len(systems) == 1 else None
-    if name is None:
-        raise ValueError(f"--baseline {path}: holds runs of {', '.join(systems) or 'nothing'}: one system is needed")
-    label = f"{name} ({path})"
-    runs = tuple(replace(run, system=label) for run in other.runs if run.system == name)
-    return replace(
-        results,
-        baseline=label,
-        baseline_runs=runs,
-        notes=(*results.notes, *_differences(results, other, path, "The baseline")),
-    )
-
-
-def _differences(results: Results, other: Results, path: str, who: str) -> Iterable[str]:
-    """What makes a comparison unfair, one sentence each."""
-    theirs = asdict(other.settings)
-    for key, value in asdict(results.settings).items():
-        if key not in ("warm_up", "timeout_seconds") and theirs[key] != value:
-            yield f"{who} in {path} used {key} = {theirs[key]}, these runs used {value}."
-    revisions = {info.name: (info.revision, info.prompts) for info in other.prompt_sets}
-    for info in results.prompt_sets:
-        if info.name in revisions and revisions[info.name] != (info.revision, info.prompts):
-            yield f"{who} in {path} used other prompts of {info.name}."
-
-
-def merged_results(loaded: Sequence[tuple[Results, str]]) -> Results:
-    """Several results as one, the first one's settings leading. A run that two files have gets its file's name."""
-    (first, _), *_ = loaded
-    if len(loaded) == 1:
-        return first
-    seen: dict[tuple[str, str, int], str] = {}
-    runs: list[Run] = []
-    notes = [note for results, _ in loaded for note in results.notes]
-    for results, path in loaded:
-        for run in results.runs:
-            key = (run.system, run.dataset, run.concurrency)
-            clash = seen.setdefault(key, path) != path
-            runs.append(replace(run, system=f"{run.system} ({Path(path).stem})") if clash else run)
-        notes += _differences(first, results, path, "The run")
-    prompt_sets = {info.name: info for results, _ in reversed(loaded) for info in results.prompt_sets}
-    baselines = [results for results, _ in loaded if results.baseline]
-    if len(names := dict.fromkeys(str(results.baseline) for results in baselines)) > 1:
-        notes.append(
-            f"Speed-ups are over {next(iter(names))} in all of these results, not over {', '.join(names)} each."
-        )
-    return replace(
-        first,
-        runs=tuple(runs),
-        notes=tuple(dict.fromkeys(notes)),
-        prompt_sets=tuple(reversed(prompt_sets.values())),
-        baseline=baselines[0].baseline if baselines else None,
-        baseline_runs=tuple(run for results in baselines for run in results.baseline_runs),
-    )

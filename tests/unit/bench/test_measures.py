@@ -123,8 +123,8 @@ def test_positions_divide_by_the_drafts_that_reach_them_where_these_are_counted(
 
 
 def test_speedup_is_the_ratio_of_tokens_a_second() -> None:
-    assert summarise(run(record(), seconds=3.0), run(record(), seconds=4.5)).speedup == 1.5
-    assert summarise(run(record()), run(record(error=RequestError("timeout", "")))).speedup is None
+    assert summarise(run(record(), seconds=3.0), 2.0).speedup == 1.5  # 9 tokens in 3 s
+    assert summarise(run(record(error=RequestError("timeout", ""))), 2.0).speedup is None
     assert summarise(run(record())).speedup is None
 
 
@@ -133,3 +133,14 @@ def test_counters_over_a_run_are_a_difference() -> None:
     after = Counters(AcceptanceCounts(3, 9, 5, (3, 1, 1)), 40, 2, 25, 10)
     assert after - before == Counters(AcceptanceCounts(2, 6, 4, (2, 1, 1)), 30, 2, 20, 10)
     assert Counters(after.acceptance, 40) - Counters() == Counters(after.acceptance, 40)
+
+
+def test_counters_that_fell_are_another_servers() -> None:
+    before = Counters(AcceptanceCounts(1, 3, 1, (1, 0, 0)), 10, 0, 5, 0)
+    after = Counters(AcceptanceCounts(3, 9, 5, (3, 1, 1), (3, 3, 3)), 40, 2, 25, 10)
+    assert not after.fell_since(before) and not before.fell_since(before) and not after.fell_since(Counters())
+    assert before.fell_since(after)
+    assert Counters(after.acceptance, 40, 2, 4, 10).fell_since(before)  # 4 queries after 5
+    assert Counters(AcceptanceCounts(3, 9, 5, (0, 1, 1)), 40, 2, 25, 10).fell_since(before)  # by position
+    assert Counters(AcceptanceCounts(3, 9, 5, (3, 1)), 40, 2, 25, 10).fell_since(before)  # another K
+    assert Counters(None, 40, 2, 25, 10).fell_since(before)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.bench.samples import results
-from vllm_dflash.benchmark.results import load_results, merged_results, save_results, with_baseline
+from vllm_dflash.benchmark.results import load_results, save_results
+from vllm_dflash.benchmark.side_by_side import distinct_names, merged_results, with_baseline
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -94,7 +95,61 @@ def test_results_side_by_side_keep_the_same_system_apart() -> None:
     assert merged_results([(results(), "a.json")]) == results()
 
 
-def test_results_with_baselines_of_their_own_are_told_to_share_one() -> None:
-    merged = merged_results([(results(), "a.json"), (replace(results(), baseline="server"), "b.json")])
-    assert merged.baseline == "baseline"
-    assert merged.notes == ("Speed-ups are over baseline in all of these results, not over baseline, server each.",)
+def test_each_file_keeps_the_speed_ups_that_it_had() -> None:
+    """The second machine is half as fast, and there the other system is the baseline: 1 / 2.4 and 1 / 1.7."""
+    slower = tuple(replace(run, seconds=2 * run.seconds) for run in results().runs)
+    merged = merged_results([(results(), "a.json"), (replace(results(), baseline="server", runs=slower), "b.json")])
+    speedups = [summary.speedup for summary in merged.summaries]
+    assert speedups[:8] == [None, pytest.approx(2.4), None, pytest.approx(1.7)] * 2
+    assert speedups[8:] == [pytest.approx(1 / 2.4), None, pytest.approx(1 / 1.7), None] * 2
+    assert merged.notes == (
+        "Speed-ups are over each file's own baseline: those of a.json over baseline, of b.json over server.",
+    )
+
+
+def test_a_file_without_a_baseline_gets_none_from_another() -> None:
+    alone = replace(results(), baseline=None, runs=(replace(results().runs[3], concurrency=1, system="other"),))
+    assert merged_results([(results(), "a.json"), (alone, "b.json")]).summaries[-1].speedup is None
+
+
+def test_merged_results_are_saved_and_compared_as_others_are(tmp_path: Path) -> None:
+    merged = merged_results([(results(), "a.json"), (results(), "b.json")])
+    save_results(merged, tmp_path / "r.json")
+    assert load_results(tmp_path / "r.json").summaries == merged.summaries
+    plain = replace(results(), runs=(replace(results().runs[0], seconds=8.0),))  # mini at 1: half of the baseline's 4 s
+    speedups = [summary.speedup for summary in with_baseline(merged, plain, "c.json").summaries]
+    assert speedups[:3] == [2.0, pytest.approx(4.8), None]
+
+
+def test_files_are_told_apart_by_as_much_of_their_paths_as_it_takes() -> None:
+    assert distinct_names(["a.json", "x/b.json"]) == ["a", "b"]
+    assert distinct_names(["b/r.json", "c/r.json", "c/s.json"]) == ["b/r", "c/r", "c/s"]
+    merged = merged_results([(results(), "b/r.json"), (results(), "c/r.json"), (results(), "d/r.json")])
+    assert list(dict.fromkeys(run.system for run in merged.runs)) == [
+        "baseline", "server", "baseline (c/r)", "server (c/r)", "baseline (d/r)", "server (d/r)",
+    ]  # fmt: skip
+
+
+def test_the_same_file_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--from r.json --from x/../r.json: the same file twice"):
+        merged_results([(results(), "r.json"), (results(), "x/../r.json")])
+
+
+def test_another_model_and_another_machine_are_told() -> None:
+    mine = replace(
+        results(), settings=replace(results().settings, model="big", num_speculative_tokens=15, dtype="auto")
+    )
+    theirs = replace(
+        results(),
+        settings=replace(mine.settings, model="small", num_speculative_tokens=7, dtype=None, engine_args={"a": 1}),
+        environment={"vllm_dflash": "0.1.0", "CPU": "another", "GPU": "1 x fast", "vllm": "0.32.0"},
+    )
+    mine = replace(mine, environment=mine.environment | {"vllm": "0.31.0"})
+    assert with_baseline(mine, replace(theirs, runs=theirs.runs[:1]), "old.json").notes == (
+        "The baseline in old.json used model = small, these runs used big.",
+        "The baseline in old.json used num_speculative_tokens = 7, these runs used 15.",
+        "The baseline in old.json used engine_args = {'a': 1}, these runs used {}.",
+        "The baseline in old.json was measured with CPU: another, these runs with hand-made.",
+        "The baseline in old.json was measured with GPU: 1 x fast, these runs with none.",
+        "The baseline in old.json was measured with vllm: 0.32.0, these runs with 0.31.0.",
+    )

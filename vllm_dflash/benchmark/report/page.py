@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ MEANINGS = (
     ("acceptance length, mean", "Every response's own acceptance length, averaged: all responses weigh the same."),
     ("acceptance rate", "Accepted / drafted tokens. At 15 draft tokens, an acceptance length of 6 is a rate of 33 %."),
     ("p50, p99", "Median and 99th percentile of the completed requests, linear between the nearest ranks."),
-    ("errors", "Requests that gave no whole answer. They are in no other figure."),
+    ("errors", "Requests that gave no whole answer. They are in no time and in no count of tokens. A server's counters "
+               "hold what it did for them, and so do acceptance, prefix hits and preemptions."),
 )  # fmt: skip
 
 
@@ -155,7 +157,18 @@ def facts(results: Results) -> list[tuple[str, Any]]:
         found.append((f"prompts: {info.name}", f"{info.prompts} from {info.source}{revision}"))
     words = {None: "as the template has it", True: "on", False: "off"}
     found += [
-        ("backend", settings.backend),
+        ("backend", settings.backend if settings.api is None else f"{settings.backend}, API: {settings.api}"),
+        *(
+            (label, value)
+            for label, value in (
+                ("model", settings.model),
+                ("drafter", settings.drafter),
+                ("draft tokens", settings.num_speculative_tokens),
+                ("computes in", settings.dtype),
+                ("engine arguments", json.dumps(settings.engine_args)),
+            )
+            if value not in (None, "{}")
+        ),
         ("prompts sent", "through the chat template" if settings.chat else "raw"),
         ("thinking", words[settings.thinking]),
         ("output tokens", f"at most {settings.max_tokens}"),

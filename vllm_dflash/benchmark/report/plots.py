@@ -170,7 +170,7 @@ def _throughput_panel(axes: Any, summaries: list[Summary], shades: dict[str, str
 
 def speedup(results: Results) -> Figure | None:
     known = [summary for summary in results.summaries if summary.speedup is not None]
-    baseline = results.baseline
+    baseline = results.baseline or "each file's own baseline"
     if not known:
         return None
     series = _in_order((s.system, s.concurrency) for s in known)
