@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_dflash.benchmark.clients.requests import Endpoint, Messages
-from vllm_dflash.benchmark.clients.server import Server, run_servers, served_model
+from vllm_dflash.benchmark.clients.server import run_servers
+from vllm_dflash.benchmark.clients.serving import Server, served_model
 from vllm_dflash.benchmark.job import LoadJob
 from vllm_dflash.benchmark.offline_load import OWN_ARGUMENTS
 from vllm_dflash.benchmark.offline_runs import PLAIN, SYSTEMS, run_offline
 from vllm_dflash.benchmark.records import RequestRecord, Run
 from vllm_dflash.benchmark.sets import PromptSet
+from vllm_dflash.benchmark.templates import load_chat_tokenizer, templated_text
 from vllm_dflash.console import new_log_directory, require_vllm, resolve_num_speculative_tokens, resolve_pair
 
 SERVERS = ("vllm", "sglang")
@@ -163,21 +165,8 @@ def _server(options: BenchOptions, flag: str, url: str, system: str, metrics_url
 
 def _template(options: BenchOptions, model: str) -> Callable[[Messages], str]:
     """SGLang's `/generate` takes text, so the chat template is applied here."""
-    from transformers import AutoTokenizer
-
-    name = options.tokenizer or model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--tokenizer {name}: cannot be read, and --api generate --chat needs its chat template: {error}"[:400]
-        ) from error
-    thinking = {} if options.thinking is None else {"enable_thinking": options.thinking}
-
-    def apply(messages: Messages) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking))
-
-    return apply
+    tokenizer = load_chat_tokenizer("--tokenizer", options.tokenizer or model)
+    return lambda messages: templated_text(tokenizer, messages, options.thinking)
 
 
 def _offline_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan:
@@ -199,6 +188,9 @@ def _offline_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan:
         timeout_seconds=options.timeout_seconds,
         engine_args=dict(options.engine_args),
     )
+    if options.chat and "tokenizer_mode" not in options.engine_args:  # another mode's template is vLLM's own to find
+        trust = bool(options.engine_args.get("trust_remote_code"))
+        load_chat_tokenizer("--target", options.engine_args.get("tokenizer") or target, trust_remote_code=trust)
     systems = [SYSTEMS[name] for name in options.systems]
     logs = new_log_directory()
     return Plan(
@@ -216,6 +208,8 @@ def _transformers_plan(options: BenchOptions, sets: Sequence[PromptSet]) -> Plan
     from vllm_dflash.benchmark.transformers_runs import TransformersJob, run_transformers
 
     target, drafter = resolve_pair(options.target, options.drafter)
+    if options.chat:
+        load_chat_tokenizer("--target", target)
     job = TransformersJob(
         target, drafter, options.dtype, options.max_tokens, options.temperature, options.top_p, options.seed,
         options.chat, options.thinking, options.warm_up,

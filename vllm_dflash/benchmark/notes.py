@@ -14,7 +14,7 @@ def with_notes(run: Run, notes: Sequence[str] = ()) -> Run:
     """The run with `notes` and with what its size and its counters give away."""
     where = f"{run.system}, {run.dataset} at concurrency {run.concurrency}"
     found = [*notes]
-    conversations = len({record.name for record in run.requests})
+    conversations = sum(record.turn == 1 for record in run.requests)  # names may be the same
     if conversations < run.concurrency and not run.interrupted:
         found.append(f"{where}: {conversations} prompts cannot keep {run.concurrency} requests in flight.")
     summary = summarise(run)
@@ -23,6 +23,12 @@ def with_notes(run: Run, notes: Sequence[str] = ()) -> Run:
         found.append(
             f"{where}: the server counted {counted} output tokens, these requests got {summary.output_tokens}: its "
             "counters hold other traffic too, and so do the figures of acceptance."
+        )
+    if run.counters is not None and summary.errors:
+        failed = f"{sum(summary.errors.values())} of {summary.requests} requests failed"
+        found.append(
+            f"{where}: {failed}. What the server did for them is in its counters, "
+            "and so in the figures of acceptance, prefix hits and preemptions that come from these."
         )
     if summary.position_divisor == DRAFTS and summary.position_rates:
         found.append(

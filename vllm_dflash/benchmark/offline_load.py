@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.benchmark.clients.counters import parse_counters
+from vllm_dflash.benchmark.clients.streams import ABORTED
 from vllm_dflash.benchmark.job import LoadFinished, LoadJob, Ready
 from vllm_dflash.benchmark.offline import serve_job
 from vllm_dflash.benchmark.records import Counters, RequestError, RequestRecord, ResponseAcceptance
 from vllm_dflash.benchmark.sets.conversations import Conversation
+from vllm_dflash.benchmark.templates import prompt_ids
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
 #: Arguments of `LLM(...)` that are the benchmark's own to set.
 OWN_ARGUMENTS = (
@@ -124,35 +126,28 @@ class Load:
 
     def _next_turn(self, one: InFlight) -> Iterator[RequestRecord]:
         """Send a conversation's next turn. A record only if the engine refuses it."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         one.messages.append({"role": "user", "content": one.conversation.turns[one.turn]})
         turn = InFlight(one.conversation, one.turn + 1, one.messages, self._now())
         self._num_requests += 1
         name = f"{self.salt}-{self._num_requests}"
-        sampling = SamplingParams(
-            temperature=self.job.temperature, top_p=self.job.top_p, max_tokens=self.job.max_tokens,
-            seed=self.job.seed if self.job.temperature > 0 else None, output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        token_ids = self._token_ids(one.messages)
-        turn.prompt_tokens = len(token_ids)
         try:
-            self.engine.add_request(name, {"prompt_token_ids": token_ids, "cache_salt": self.salt}, sampling)
-        except ValueError as error:  # a prompt beyond the model's length
+            token_ids = prompt_ids(self.tokenizer, one.messages, self.job.chat, self.job.thinking)
+            turn.prompt_tokens = len(token_ids)
+            self.engine.add_request(name, {"prompt_token_ids": token_ids, "cache_salt": self.salt}, self._sampling())
+        except ValueError as error:  # a prompt beyond the model's length, or messages that the template does not take
             yield turn.record(self._now(), RequestError("refused", str(error)[:200]))
             return
         self.in_flight[name] = turn
 
-    def _token_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self.job.chat:
-            return list(self.tokenizer.encode("\n\n".join(message["content"] for message in messages)))
-        thinking = {} if self.job.thinking is None else {"enable_thinking": self.job.thinking}
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **thinking
-            )
-        )
+    def _sampling(self) -> SamplingParams:
+        """What is not said here is neutral by itself: `LLM` takes nothing from the model's generation_config."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=self.job.temperature, top_p=self.job.top_p, max_tokens=self.job.max_tokens,
+            seed=self.job.seed if self.job.temperature > 0 else None, output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
 
     def _read(self, outputs: Sequence[Any]) -> Iterator[RequestRecord]:
         now = self._now()
@@ -168,6 +163,10 @@ class Load:
             one.text += completion.text
             if output.finished:
                 del self.in_flight[output.request_id]
+                if completion.finish_reason in ABORTED:
+                    reason = f"the engine ended it: finish_reason {completion.finish_reason}"
+                    yield one.record(now, RequestError("aborted", reason))
+                    continue
                 one.acceptance = _acceptance(completion.spec_decode_metrics)
                 yield one.record(now)
                 if one.turn < len(one.conversation.turns):

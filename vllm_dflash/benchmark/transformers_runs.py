@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.benchmark.metrics import AcceptanceCounts
 from vllm_dflash.benchmark.notes import with_notes
 from vllm_dflash.benchmark.records import Counters, RequestError, RequestRecord, ResponseAcceptance, Run
 from vllm_dflash.benchmark.sets.conversations import Conversation, PromptSet
+from vllm_dflash.benchmark.templates import prompt_ids
 
 if TYPE_CHECKING:
     import torch
@@ -76,25 +77,20 @@ class Pair:
         self.stop_token_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     def token_ids(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        """[1, P]"""
+        """[1, P]. Raises ValueError for what the chat template refuses."""
         import torch
 
-        if self.job.chat:
-            thinking = {} if self.job.thinking is None else {"enable_thinking": self.job.thinking}
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **thinking
-            )
-        else:
-            ids = self.tokenizer.encode("\n\n".join(message["content"] for message in messages))
+        ids = prompt_ids(self.tokenizer, messages, self.job.chat, self.job.thinking)
         return torch.tensor([ids], device=self.target.device)
 
     def generate(self, ids: torch.Tensor, clock: Clock) -> tuple[torch.Tensor, list[int]]:
         """ids [1, P]. The whole sequence [1, P+n], and no acceptance lengths."""
         import torch
 
-        sampling: dict[str, Any] = {"do_sample": False}
+        # What is not said would come from the model's generation_config, which the other backends do not read.
+        sampling: dict[str, Any] = {"do_sample": self.job.temperature > 0, "repetition_penalty": 1.0}
         if self.job.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.job.temperature, "top_p": self.job.top_p, "top_k": 0}
+            sampling |= {"temperature": self.job.temperature, "top_p": self.job.top_p, "top_k": 0, "min_p": 0.0}
         sequences = self.target.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.job.max_tokens, streamer=clock,
             eos_token_id=self.stop_token_ids or None, pad_token_id=0, **sampling,
@@ -131,8 +127,9 @@ def run_transformers(
         interrupted = False
         try:
             for conversation in prompt_set.conversations[: job.warm_up]:
+                first_turn = replace(conversation, turns=conversation.turns[:1])
                 for system in measured:
-                    converse(pair, system, Conversation(conversation.name, conversation.turns[:1]), Measured())
+                    converse(pair, system, first_turn, Measured())
             turns = sum(len(conversation.turns) for conversation in prompt_set.conversations)
             on_start("Transformers", prompt_set.name, 1, 2 * turns)
             for conversation in prompt_set.conversations:
@@ -170,11 +167,12 @@ def converse(
     messages = list(conversation.history)
     for number, turn in enumerate(conversation.turns, start=1):
         messages.append({"role": "user", "content": turn})
-        ids = pair.token_ids(messages)
         clock, started = Clock(), time.perf_counter()
         try:
+            ids = pair.token_ids(messages)
+            started = time.perf_counter()
             sequences, lengths = (pair.generate if system == PLAIN else pair.spec_generate)(ids, clock)
-        except ValueError as error:  # a prompt beyond the model's length
+        except ValueError as error:  # a prompt beyond the model's length, or messages that the template does not take
             refused = RequestError("refused", str(error)[:200])
             into.records.append(RequestRecord(conversation.name, number, into.seconds, into.seconds, error=refused))
             on_record(into.records[-1])

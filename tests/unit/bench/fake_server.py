@@ -27,6 +27,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
+        if self.path == "/flush_cache":
+            self.server.flushes += 1
+            self.send_error(self.server.flush_status) if self.server.flush_status != 200 else self._send("flushed")
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append((self.path, body))
@@ -59,6 +63,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.metrics = reply, metrics
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.flushes, self.flush_status = 0, 200
         self.lock = threading.Lock()
 
     @property
@@ -152,6 +157,21 @@ def no_choices_field(handler: Handler, body: dict[str, Any]) -> None:
 def no_usage(handler: Handler, body: dict[str, Any]) -> None:
     handler.start_stream()
     handler.event(chunk("a", None, "stop"))
+    handler.event("[DONE]")
+
+
+def content_that_is_no_text(handler: Handler, body: dict[str, Any]) -> None:
+    handler.start_stream()
+    handler.event({"choices": [{"index": 0, "delta": {"content": ["a"]}, "finish_reason": "stop"}]})
+    handler.event(usage(3))
+    handler.event("[DONE]")
+
+
+def aborted(handler: Handler, body: dict[str, Any]) -> None:
+    handler.start_stream()
+    handler.event(chunk("a", 1))
+    handler.event(chunk("", 1, "abort"))
+    handler.event(usage(1))
     handler.event("[DONE]")
 
 

@@ -163,7 +163,9 @@ def test_a_killed_server_ends_in_a_report(prompts: str, tmp_path: Path) -> None:
         handler.connection.close()
 
     with fake_server(die, lambda: VLLM.replace('"m"', '"fake"')) as server:
-        found = invoke("--base-url", server.url, "--dataset", prompts, "--report", f"{tmp_path}/report.html")
+        found = invoke(
+            "--base-url", server.url, "--dataset", prompts, "--warm-up", "0", "--report", f"{tmp_path}/report.html"
+        )
     assert found.exit_code == 0, found.output
     assert "2 connection, 1 truncated" in found.output
     assert "no counters from" in found.output

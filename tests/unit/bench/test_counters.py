@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_dflash.benchmark.clients.counters import parse_counters
+from vllm_dflash.benchmark.clients.counters import counted_models, parse_counters
 from vllm_dflash.benchmark.metrics import AcceptanceCounts
 from vllm_dflash.benchmark.records import Counters
 
@@ -69,6 +69,11 @@ def test_a_position_without_a_sample_was_never_reached() -> None:
 def test_a_server_without_speculation_has_the_other_counters() -> None:
     text = "".join(line for line in VLLM.splitlines(keepends=True) if "spec_decode" not in line)
     assert parse_counters(text, "m") == Counters(None, 40, 2, 100, 64)
+
+
+def test_the_models_that_were_counted_are_told() -> None:
+    assert counted_models(VLLM) == ["m", "other"]
+    assert counted_models(OURS) == counted_models("# nothing\n") == []
 
 
 def test_other_text_is_not_taken_for_counters() -> None:

@@ -53,6 +53,8 @@ def test_a_good_answer_is_measured() -> None:
         (fakes.no_usage, "missing_field"),
         (fakes.empty_choices, "empty_choices"),
         (fakes.error_in_stream, "server_error"),
+        (fakes.content_that_is_no_text, "missing_field"),
+        (fakes.aborted, "aborted"),
     ],
 )
 def test_a_failure_is_counted_by_kind_and_stops_no_other(reply: Callable[..., None], kind: str) -> None:
@@ -143,6 +145,34 @@ def test_the_second_turn_follows_the_models_own_first_answer() -> None:
     ]
 
 
+def test_a_recorded_answer_before_the_first_turn_is_no_turn() -> None:
+    history = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
+    with fake_server(fakes.answer) as server:
+        load = run_load(endpoint(server.url), [Conversation("p", ("one", "two"), history)], 1)
+    assert [record.turn for record in load.records] == [1, 2]
+
+
+def test_a_prompt_that_cannot_be_sent_stops_no_other() -> None:
+    """UTF-8 does not hold half a surrogate pair."""
+    conversations = [Conversation("a", ("one",)), Conversation("b", ("\ud800",)), Conversation("c", ("two",))]
+    with fake_server(fakes.answer) as server:
+        load = run_load(endpoint(server.url), conversations, 1)
+    assert [record.error.kind if record.error else None for record in load.records] == [None, "refused", None]
+
+
+def test_a_prompt_that_the_template_does_not_take_stops_no_other() -> None:
+    def template(messages: list[dict[str, str]]) -> str:
+        if messages[-1]["content"] == "say 1":
+            raise ValueError("roles must alternate")
+        return "text"
+
+    with fake_server(fakes.answer) as server:
+        load = run_load(endpoint(server.url, api="completions", template=template), prompts(3), 1)
+    refused = load.records[1].error
+    assert refused is not None and (refused.kind, refused.detail) == ("refused", "ValueError: roles must alternate")
+    assert [record.name for record in load.records] == ["p0", "p1", "p2"] and len(server.requests) == 2
+
+
 def test_a_turn_is_not_sent_after_a_failed_one() -> None:
     with fake_server(fakes.error_500) as server:
         load = run_load(endpoint(server.url), [Conversation("p", ("one", "two"))], 1)
@@ -154,8 +184,10 @@ def test_what_is_sent() -> None:
         run_load(endpoint(server.url, thinking=False, temperature=0.7), prompts(1), 1, salt="s")
         run_load(endpoint(server.url, api="completions"), prompts(1), 1)
         run_load(endpoint(server.url, api="generate"), prompts(1), 1)
+        run_load(endpoint(server.url, api="generate", temperature=0.7), prompts(1), 1)
     usage_wanted = {"include_usage": True, "continuous_usage_stats": True}
-    common = {"model": "fake", "max_tokens": 8, "top_p": 1.0, "stream": True, "stream_options": usage_wanted}
+    neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    common = neutral | {"model": "fake", "max_tokens": 8, "stream": True, "stream_options": usage_wanted}
     assert server.requests == [
         (
             "/v1/chat/completions",
@@ -169,7 +201,14 @@ def test_what_is_sent() -> None:
             "/generate",
             {
                 "text": "say 0", "stream": True,
-                "sampling_params": {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8},
+                "sampling_params": neutral | {"temperature": 0.0, "max_new_tokens": 8},
+            },
+        ),
+        (
+            "/generate",
+            {
+                "text": "say 0", "stream": True,
+                "sampling_params": neutral | {"temperature": 0.7, "max_new_tokens": 8, "sampling_seed": 3},
             },
         ),
     ]  # fmt: skip

@@ -85,6 +85,8 @@ def test_figures_of_one_request() -> None:
     [
         ([chunk("a", 1, "stop"), usage(1)], r"truncated: .*without \[DONE\]"),
         ([usage(1), "[DONE]"], "empty_choices"),
+        ([chunk("a", 1, "abort")], "aborted: the server ended it: finish_reason abort"),
+        ([chunk("a", 1, "error")], "aborted: the server ended it: finish_reason error"),
         ([chunk("a", 1), "[DONE]"], "missing_field: no chunk had a finish_reason"),
         ([chunk("a", None, "stop"), "[DONE]"], "missing_field: no usage"),
         ([{"choices": [{"finish_reason": None}]}], "missing_field: no delta"),
@@ -113,5 +115,7 @@ def test_generate_tells_the_whole_text_each_time() -> None:
     assert found.acceptance == ResponseAcceptance(3.0, drafts=2, accepted=4)
     with pytest.raises(ResponseError, match="truncated"):
         read(GenerateStream(), event("a", 1))
+    with pytest.raises(ResponseError, match="aborted: .*finish_reason abort"):
+        read(GenerateStream(), event("a", 1, finish_reason={"type": "abort", "message": "out of memory"}))
     with pytest.raises(ResponseError, match="missing_field: no completion_tokens"):
         read(GenerateStream(), {"text": "a", "meta_info": {}})

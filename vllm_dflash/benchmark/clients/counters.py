@@ -39,6 +39,15 @@ def parse_counters(text: str, model: str | None = None) -> Counters:
     )
 
 
+def counted_models(text: str) -> list[str]:
+    """The models whose work vLLM's counters hold: of each the first of its served names. Raises as parse_counters."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = [family for family in text_string_to_metric_families(text) if family.name.startswith("vllm:")]
+    names = {sample.labels.get("model_name") for family in families for sample in family.samples}
+    return sorted(name for name in names if name)
+
+
 def _single(found: Samples, name: str) -> int | None:
     return int(sum(found[name].values())) if name in found else None
 

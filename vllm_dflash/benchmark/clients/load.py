@@ -61,7 +61,7 @@ async def _run_load(
                 messages.append({"role": "user", "content": turn})
                 sent = time.perf_counter() - start
                 try:
-                    record, text = await send(client, endpoint, conversation.name, messages, start, salt)
+                    record, text = await send(client, endpoint, conversation.name, number, messages, start, salt)
                 except asyncio.CancelledError:
                     error = RequestError("interrupted", "ended by Ctrl-C")
                     keep(RequestRecord(conversation.name, number, sent, time.perf_counter() - start, error=error))

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from vllm_dflash.benchmark.clients.sse import ResponseError, events
 from vllm_dflash.benchmark.clients.streams import GenerateStream, OpenAIStream, StreamReader
 from vllm_dflash.benchmark.records import RequestError, RequestRecord
+from vllm_dflash.benchmark.templates import raw_text
 
 if TYPE_CHECKING:
     import httpx
 
 Messages = list[dict[str, str]]
+
+#: Said, because a server would take them from the model's generation_config where a request does not.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,13 @@ class Endpoint:
 
     def body(self, messages: Messages, salt: str | None) -> dict[str, Any]:
         """salt: keeps vLLM's prefix cache of one run apart from that of the others; None for servers without it."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, **NEUTRAL}
         text = self.template(messages) if self.template else raw_text(messages)
         if self.api == "generate":
-            return {"text": text, "sampling_params": sampling | {"max_new_tokens": self.max_tokens}, "stream": True}
+            sampling["max_new_tokens"] = self.max_tokens
+            if self.temperature > 0:
+                sampling["sampling_seed"] = self.seed
+            return {"text": text, "sampling_params": sampling, "stream": True}
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": self.max_tokens,
@@ -69,25 +76,26 @@ class Endpoint:
         return GenerateStream() if self.api == "generate" else OpenAIStream(chat=self.api == "chat")
 
 
-def raw_text(messages: Messages) -> str:
-    """Without a template: all that was said, with an empty line between."""
-    return "\n\n".join(message["content"] for message in messages)
-
-
 async def send(
-    client: httpx.AsyncClient, endpoint: Endpoint, name: str, messages: Messages, start: float, salt: str | None
+    client: httpx.AsyncClient,
+    endpoint: Endpoint,
+    name: str,
+    turn: int,
+    messages: Messages,
+    start: float,
+    salt: str | None,
 ) -> tuple[RequestRecord, str]:
-    """The record and the text of one request. start: the clock's reading at the run's start.
+    """The record and the text of one request, a conversation's turn. start: the clock's reading at the run's start.
 
     Only a cancellation leaves no record; every other failure is one.
     """
     import httpx
 
-    turn = 1 + sum(message["role"] == "assistant" for message in messages)
     reader, error = endpoint.reader(), None
-    body = endpoint.body(messages, salt)
     sent = time.perf_counter()
     try:
+        body = endpoint.body(messages, salt)
+        sent = time.perf_counter()
         await asyncio.wait_for(_stream(client, endpoint.url, body, reader), endpoint.timeout_seconds)
     except asyncio.TimeoutError:
         error = RequestError("timeout", f"no end after {endpoint.timeout_seconds:g} s")
@@ -95,9 +103,11 @@ async def send(
         error = RequestError(failure.kind, failure.detail)
     except httpx.ConnectError as failure:
         error = RequestError("connection", f"{endpoint.base_url}: {failure}")
-    except (httpx.HTTPError, httpx.StreamError) as failure:
+    except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as failure:
         cut = reader.streamed.output_tokens or reader.streamed.first_token is not None
         error = RequestError("truncated" if cut else "connection", f"{type(failure).__name__}: {failure}")
+    except ValueError as failure:  # the template does not take these messages, or UTF-8 does not hold them
+        error = RequestError("refused", f"{type(failure).__name__}: {failure}"[:200])
     return _record(reader, name, turn, sent - start, time.perf_counter() - start, start, error), reader.streamed.text
 
 

@@ -1,60 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs on servers that are up already: what a server is called, its counters around a run, and what was odd."""
+"""Runs on servers that are up already: warmed up, measured, and with the servers' own counters over each run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 
-from vllm_dflash.benchmark.clients.counters import parse_counters
 from vllm_dflash.benchmark.clients.load import Load, run_load
-from vllm_dflash.benchmark.clients.requests import Endpoint
+from vllm_dflash.benchmark.clients.serving import SETTLE_S, Server, flush_cache, read_counters
 from vllm_dflash.benchmark.notes import with_notes
 from vllm_dflash.benchmark.records import Counters, RequestRecord, Run
 from vllm_dflash.benchmark.sets.conversations import Conversation, PromptSet
-
-REPLY_S = 10.0
-#: How long a server may take to count the last tokens that it has sent.
-SETTLE_S = 3.0
-
-
-@dataclass(frozen=True)
-class Server:
-    """system: what it is called in tables. salted: whether it takes vLLM's `cache_salt`."""
-
-    system: str
-    endpoint: Endpoint
-    metrics_url: str
-    salted: bool
-
-
-def served_model(base_url: str, flag: str) -> str:
-    """The name that the server gives to its model. Raises ValueError naming the flag if it does not answer."""
-    import httpx
-
-    url = f"{base_url}/v1/models"
-    try:
-        reply = httpx.get(url, timeout=REPLY_S)
-        reply.raise_for_status()
-        return str(reply.json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{flag} {base_url}: {url} does not name a model: {error!r}"[:300]) from error
-
-
-def read_counters(server: Server) -> tuple[Counters | None, str | None]:
-    """What it has counted since its start; or None and why not."""
-    import httpx
-
-    try:
-        reply = httpx.get(server.metrics_url, timeout=REPLY_S)
-        reply.raise_for_status()
-        counters = parse_counters(reply.text, server.endpoint.model)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        return None, f"{server.system}: no counters from {server.metrics_url}: {type(error).__name__}: {error}"[:300]
-    if counters == Counters():
-        return None, f"{server.system}: {server.metrics_url} holds none of vLLM's counters."
-    return counters, None
 
 
 def run_servers(
@@ -90,31 +46,49 @@ def _run(
     on_record: Callable[[RequestRecord], None],
 ) -> Run:
     conversations = prompt_set.conversations
+    before, problem = read_counters(server)
     if warm_up:
         first_turns = [Conversation(c.name, c.turns[:1], c.history) for c in conversations[:warm_up]]
-        salt = f"{session}-warm-up" if server.salted else None
-        if run_load(server.endpoint, first_turns, concurrency, salt=salt).interrupted:
+        warm = run_load(server.endpoint, first_turns, concurrency, salt=_salt(server, session, "warm-up"))
+        if warm.interrupted:
             return Run(server.system, prompt_set.name, concurrency, 0.0, (), interrupted=True)
-    before, problem = read_counters(server)
-    salt = f"{session}-{prompt_set.name}-{concurrency}" if server.salted else None
+        if before is not None:  # or the warm-up's last tokens would be counted in the run
+            before, problem = _settled_counters(server, before, warm)
+    cached = None if server.salted else flush_cache(server)
+    salt = _salt(server, session, f"{prompt_set.name}-{concurrency}")
     load = run_load(server.endpoint, conversations, concurrency, on_record, salt)
-    counters = None
+    counters, interrupted = None, load.interrupted
     if before is not None:
-        after, problem = _settled_counters(server, before, load)
-        counters = after - before if after is not None else None
-    run = Run(
-        server.system, prompt_set.name, concurrency, load.seconds, load.records, counters, interrupted=load.interrupted
-    )
-    return with_notes(run, [problem] if problem else [])
+        try:
+            counters, problem = _counted(server, before, load)
+        except KeyboardInterrupt:
+            interrupted, problem = True, f"{server.system}: Ctrl-C came before its counters were read."
+    run = Run(server.system, prompt_set.name, concurrency, load.seconds, load.records, counters, (), interrupted)
+    return with_notes(run, [note for note in (problem, cached) if note])
+
+
+def _salt(server: Server, session: str, of: str) -> str | None:
+    return f"{session}-{of}" if server.salted else None
+
+
+def _counted(server: Server, before: Counters, load: Load) -> tuple[Counters | None, str | None]:
+    """What the server counted over a load; or None and why not."""
+    after, problem = _settled_counters(server, before, load)
+    if after is None:
+        return None, problem
+    if after.fell_since(before):
+        return None, f"{server.system}: its counters fell during the run: the server was restarted."
+    return after - before, None
 
 
 def _settled_counters(server: Server, before: Counters, load: Load) -> tuple[Counters | None, str | None]:
-    """The counters once they hold the run's last tokens: a server sends tokens before it counts them."""
+    """The counters once they hold the load's last tokens: a server sends tokens before it counts them."""
     tokens = sum(record.output_tokens for record in load.records)
     deadline = time.monotonic() + SETTLE_S
     while True:
         after, problem = read_counters(server)
-        counted = (after - before).output_tokens if after is not None else None
-        if counted is None or counted >= tokens or time.monotonic() > deadline:
+        if after is None or after.output_tokens is None:
+            return after, problem
+        if after.output_tokens - (before.output_tokens or 0) >= tokens or time.monotonic() > deadline:
             return after, problem
         time.sleep(0.05)

@@ -14,6 +14,8 @@ from vllm_dflash.benchmark.clients.sse import ResponseError
 from vllm_dflash.benchmark.records import ResponseAcceptance
 
 DONE = "[DONE]"
+#: Reasons to finish that are no end of an answer.
+ABORTED = ("abort", "error")
 
 
 @dataclass
@@ -68,9 +70,11 @@ class OpenAIStream:
             self._saw_choice = True
             text, visible = self._text(choices[0], data)
             self.streamed.text += text
-            self._finished |= choices[0].get("finish_reason") is not None
+            reason = choices[0].get("finish_reason")
+            self._finished |= reason is not None
             if visible or (self.streamed.output_tokens or 0) > before:
                 self.streamed.tokens_came(now)
+            check_not_aborted(reason)
         self._read_metrics(chunk.get("metrics"))
 
     def _text(self, choice: Any, data: str) -> tuple[str, bool]:
@@ -80,8 +84,10 @@ class OpenAIStream:
             raise ResponseError("missing_field", f"no {'delta' if self.chat else 'text'} in {data[:80]!r}")
         if isinstance(piece, str):
             return piece, bool(piece)
-        said = ("content", "reasoning", "reasoning_content", "tool_calls")
-        return piece.get("content") or "", any(piece.get(key) for key in said)
+        said, text = ("content", "reasoning", "reasoning_content", "tool_calls"), piece.get("content") or ""
+        if not isinstance(text, str):
+            raise ResponseError("missing_field", f"content is no text in {data[:80]!r}")
+        return text, any(piece.get(key) for key in said)
 
     def _read_usage(self, usage: Any) -> None:
         counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
@@ -138,7 +144,9 @@ class GenerateStream:
         if tokens > (self.streamed.output_tokens or 0):
             self.streamed.tokens_came(now)
         self.streamed.output_tokens, self.streamed.prompt_tokens = tokens, meta.get("prompt_tokens")
-        self._finished |= meta.get("finish_reason") is not None
+        reason = meta.get("finish_reason")
+        self._finished |= reason is not None
+        check_not_aborted(reason.get("type") if isinstance(reason, dict) else reason)
         steps = meta.get("spec_verify_ct")
         if isinstance(steps, int) and steps > 0:
             # The first token comes with the prefill; every step gives what it accepted and one token more. SGLang's
@@ -152,6 +160,12 @@ class GenerateStream:
         if self.streamed.output_tokens is None:
             raise ResponseError("empty_choices", "no event had a text")
         return self.streamed
+
+
+def check_not_aborted(reason: Any) -> None:
+    """Raises ResponseError for a finish_reason with which the server says that it gave up."""
+    if reason in ABORTED:
+        raise ResponseError("aborted", f"the server ended it: finish_reason {reason}")
 
 
 def parse_object(data: str) -> dict[str, Any]:
