@@ -177,6 +177,20 @@ def test_without_a_hub_one_error_names_the_set_and_what_works(cache: Path, monke
     assert not cache.exists()
 
 
+def test_an_error_without_a_message_is_told_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub({}, ConnectionError()).install(monkeypatch)
+    with pytest.raises(ValueError, match=r"--dataset gsm8k: .*\(ConnectionError: no message\)"):
+        load_prompt_set("gsm8k", None, 0, {})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"repository": "r"}', '{"repository": "r", "commit": "c"}\n{'])
+def test_a_damaged_cache_is_named(cache: Path, text: str) -> None:
+    cache.mkdir()
+    (cache / "gsm8k@v1.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"datasets/gsm8k@v1\.jsonl:"):
+        load_prompt_set("gsm8k", None, 0, {"gsm8k": "v1"})
+
+
 def test_a_row_of_another_form_names_the_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub({"frage": "2+2?"}).install(monkeypatch)
     with pytest.raises(ValueError, match="--dataset gsm8k: .*row 0 has no 'question'; its keys: frage"):

@@ -109,11 +109,18 @@ def load_hub_set(name: str, revision: str | None, cache: Path) -> PromptSet:
 
 
 def read_cached(name: str, path: Path) -> PromptSet:
-    """A cached file: its first line tells where the rest is from."""
-    first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    origin = json.loads(first)
+    """A cached file: its first line tells where the rest is from. Raises ValueError naming the file, and the line."""
+    try:
+        first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        origin = json.loads(first)
+        repository, commit = str(origin["repository"]), str(origin["commit"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: the cached prompts of --dataset {name} cannot be read ({type(error).__name__}: {error}); without "
+            "the file they are fetched again"
+        ) from error
     conversations = (conversation_of(line, f"{path}:{i}", f"{name}:{i}") for i, line in enumerate(lines, start=2))
-    return PromptSet(name, tuple(conversations), origin["repository"], origin["commit"])
+    return PromptSet(name, tuple(conversations), repository, commit)
 
 
 def cache_directory() -> Path:
@@ -139,8 +146,9 @@ def _fetch(name: str, hub_set: HubSet, revision: str) -> str:
         else:
             rows = datasets.load_dataset(hub_set.repository, hub_set.config, revision=commit, split=hub_set.split)
     except Exception as error:  # the hub's client, httpx, datasets and the file system each raise errors of their own
+        reason = next(iter(str(error).splitlines()), "no message")[:160]
         raise ValueError(
-            f"{where} could not be read from the hub ({type(error).__name__}: {str(error).splitlines()[0][:160]}). "
+            f"{where} could not be read from the hub ({type(error).__name__}: {reason}). "
             "Without a hub: --dataset mini, which comes with this package, or --dataset FILE.jsonl"
         ) from error
     return cached_text(name, hub_set, commit or revision, rows, where)
