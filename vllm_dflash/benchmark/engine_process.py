@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -24,10 +26,10 @@ GRACE_S = 15.0
 
 
 class EngineFailedError(RuntimeError):
-    """The engine's process ended before its job did."""
+    """The engine's process ended before its job did, or says nothing any more. log: what it has written."""
 
-    def __init__(self, returncode: int, log: Path) -> None:
-        super().__init__(f"vLLM's process ended with exit status {returncode}")
+    def __init__(self, what: str, log: Path) -> None:
+        super().__init__(f"vLLM's process {what}")
         self.log = log
 
 
@@ -77,11 +79,12 @@ def engine_child(
             _end_group(child)
 
 
-def receive(child: subprocess.Popen[bytes], connection: Connection, log: Path) -> Any:
-    """The child's next message. Raises EngineFailedError if it ends before.
+def receive(child: subprocess.Popen[bytes], connection: Connection, log: Path, patience: float = math.inf) -> Any:
+    """The child's next message. Raises EngineFailedError if it ends before, or sends none for `patience` seconds.
 
     Polls, because vLLM's own children may hold the pipe open after it.
     """
+    deadline = time.monotonic() + patience
     while True:
         ended = child.poll() is not None
         try:
@@ -91,7 +94,9 @@ def receive(child: subprocess.Popen[bytes], connection: Connection, log: Path) -
             child.wait(GRACE_S)
             ended = True
         if ended:
-            raise EngineFailedError(child.returncode, log)
+            raise EngineFailedError(f"ended with exit status {child.returncode}", log)
+        if time.monotonic() > deadline:
+            raise EngineFailedError(f"has said nothing for {patience:g} s", log)
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

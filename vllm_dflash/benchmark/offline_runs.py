@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -23,6 +24,11 @@ SYSTEMS = {"plain": PLAIN, "vllm": VLLM_OWN, "vllm_dflash": OURS}
 #: Who drafts is decided by this variable, which every process of vLLM inherits.
 SWITCH = {OURS: {"VLLM_DFLASH": "1"}, VLLM_OWN: {"VLLM_DFLASH": "0"}, PLAIN: {"VLLM_DFLASH": "0"}}
 
+#: How long an engine's start may take: a large model may come from the hub first.
+START_S = 3600.0
+#: How much longer than `--timeout` an engine may say nothing: it looks at the time between its steps.
+SLACK_S = 120.0
+
 OnStart = Callable[[str, str, int, int], None]
 
 
@@ -38,7 +44,7 @@ def run_offline(
     """A run for each system, prompt set and concurrency. Ctrl-C gives what there is of the run under way, and ends.
 
     job: with its loads left empty. Raises EngineFailedError, after what there is of the run under way, if an engine's
-    process ends early.
+    process ends early or says nothing any more.
     """
     plan = [(prompt_set, concurrency) for prompt_set in prompt_sets for concurrency in concurrencies]
     loads = tuple((prompt_set.conversations, concurrency) for prompt_set, concurrency in plan)
@@ -67,16 +73,18 @@ def _run_system(
     environment = engine_environment(job, os.environ) | SWITCH[system]
     with engine_child(CHILD, job, environment, log) as (child, connection):
         on_start(system, "engine starts", 0, 0)
-        ready = receive(child, connection, log)
+        ready = receive(child, connection, log, START_S)
         if not isinstance(ready, Ready):
             raise RuntimeError(f"the engine child broke its protocol: {ready!r} before it was ready")
         for prompt_set, concurrency in plan:
             num_requests = sum(len(conversation.turns) for conversation in prompt_set.conversations)
             on_start(system, prompt_set.name, concurrency, num_requests)
+            # Every request ends by its timeout; a warm-up's are not told, and take as many turns as it needs.
+            patience = job.timeout_seconds * (1 + math.ceil(job.warm_up / concurrency)) + SLACK_S
             records: list[RequestRecord] = []
             started = time.perf_counter()
             try:
-                while not isinstance(message := receive(child, connection, log), LoadFinished):
+                while not isinstance(message := receive(child, connection, log, patience), LoadFinished):
                     records.append(message)
                     on_record(message)
             except (KeyboardInterrupt, EngineFailedError) as end:

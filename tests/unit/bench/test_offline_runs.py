@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,27 @@ def test_an_engine_that_dies_loses_nothing_and_shows_its_log(logs: Path, monkeyp
     (run,) = load_results(logs / "r.json").runs
     assert [record.name for record in run.requests] == ["first"] and run.interrupted
     assert "the last run is not whole" in (logs / "r.html").read_text()
+
+
+def test_an_engine_that_hangs_is_ended_and_loses_nothing(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline_runs, "SLACK_S", 0.1)
+    install(monkeypatch, logs, "time.sleep(60)")
+    started = time.monotonic()
+    found = invoke(logs, "--system", "vllm_dflash", "--timeout", "0.2", "--warm-up", "3", "--concurrency", "2")
+    assert time.monotonic() - started < 30
+    assert found.exit_code == 1
+    # Two turns of the warm-up and the request itself: 3 x 0.2 s, and 0.1 s.
+    assert f"vLLM's process has said nothing for 0.7 s. Its whole log: {logs}/vllm_dflash.log" in found.output
+    (run,) = load_results(logs / "r.json").runs
+    assert [record.name for record in run.requests] == ["first"] and run.interrupted
+
+
+def test_a_start_that_hangs_is_ended(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline_runs, "START_S", 0.3)
+    monkeypatch.setattr(offline_runs, "CHILD", (sys.executable, "-c", "import time; time.sleep(60)"))
+    found = invoke(logs)
+    assert found.exit_code == 1
+    assert "vLLM's process has said nothing for 0.3 s" in found.output
 
 
 def test_ctrl_c_keeps_what_the_engine_had_told(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
