@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -52,6 +52,7 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
         sets = [
             load_prompt_set(name, options.num_prompts, options.seed, options.revisions) for name in options.datasets
         ]
+        _check_names(options.datasets, sets)
         plan = planned_runs(options, sets)
     results = Results(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -69,16 +70,18 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
         with _display(console) as display, contextlib.closing(plan.runs(display)) as runs:
             for run in runs:
                 results = replace(results, runs=(*results.runs, run))
-                if outputs.json:
-                    save_results(results, outputs.json)
+                _write("--output", outputs.json, results, save_results)
     except KeyboardInterrupt:
         results = replace(results, notes=(*results.notes, "Interrupted before the next run had begun."))
-        _finish(results, outputs, console)
+        _finish_after_error(results, outputs, console)
         return INTERRUPTED
     except EngineFailedError as error:
-        _finish(results, outputs, console)
+        _finish_after_error(results, outputs, console)
         show_log_tail(console, error.log)
         raise CommandError(f"{error}. Its whole log: {error.log}") from error
+    except Exception:  # whatever it is: the runs before it stay
+        _finish_after_error(results, outputs, console)
+        raise
     _finish(results, outputs, console)
     return INTERRUPTED if results.interrupted else int(_any_run_failed(results.runs))
 
@@ -95,16 +98,46 @@ def render_saved(files: list[Path], baseline: Path | None, outputs: Outputs, con
 
 
 def _finish(results: Results, outputs: Outputs, console: Console) -> None:
+    """The table, the file and the page. Where one cannot be written the other is; then raises CommandError."""
     show_results(results, console)
-    if outputs.json:
-        save_results(results, outputs.json)
-        console.print(f"results: {outputs.json}", highlight=False, soft_wrap=True)
-    if outputs.report:
-        require_packages(("jinja2", "matplotlib"), "bench")
-        from vllm_dflash.benchmark.report.page import write_report
+    failed: list[CommandError] = []
+    for flag, name, path, write in (
+        ("--output", "results", outputs.json, save_results),
+        ("--report", "report", outputs.report, _write_report),
+    ):
+        try:
+            _write(flag, path, results, write)
+        except CommandError as error:
+            failed.append(error)
+            continue
+        if path:
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    if failed:
+        raise CommandError("; ".join(map(str, failed)))
 
-        write_report(results, outputs.report)
-        console.print(f"report: {outputs.report}", highlight=False, soft_wrap=True)
+
+def _finish_after_error(results: Results, outputs: Outputs, console: Console) -> None:
+    """As `_finish`; but a file that cannot be written is only told, so that the error before it is raised."""
+    try:
+        _finish(results, outputs, console)
+    except CommandError as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(flag: str, path: Path | None, results: Results, write: Callable[[Results, Path], None]) -> None:
+    """Raises CommandError naming the flag if the file cannot be written."""
+    try:
+        if path:
+            write(results, path)
+    except OSError as error:
+        raise CommandError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error
+
+
+def _write_report(results: Results, path: Path) -> None:
+    require_packages(("jinja2", "matplotlib"), "bench")
+    from vllm_dflash.benchmark.report.page import write_report
+
+    write_report(results, path)
 
 
 def _any_run_failed(runs: tuple[Run, ...]) -> bool:
@@ -117,6 +150,18 @@ def _settings(options: BenchOptions, plan: Plan) -> Settings:
         options.num_prompts, options.warm_up, options.seed, options.timeout_seconds, plan.model, plan.drafter,
         plan.num_speculative_tokens, plan.dtype, plan.api, dict(options.engine_args),
     )  # fmt: skip
+
+
+def _check_names(datasets: Sequence[str], sets: Sequence[PromptSet]) -> None:
+    """Runs are told apart by their set's name. Raises ValueError if two sets have the same."""
+    seen: dict[str, str] = {}
+    for dataset, prompt_set in zip(datasets, sets, strict=True):
+        if prompt_set.name in seen:
+            raise ValueError(
+                f"--dataset {seen[prompt_set.name]} --dataset {dataset}: both are called {prompt_set.name}; "
+                "a file is called by its name, so another name is needed"
+            )
+        seen[prompt_set.name] = dataset
 
 
 def _info(prompt_set: PromptSet) -> PromptSetInfo:
