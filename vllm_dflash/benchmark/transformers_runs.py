@@ -113,7 +113,9 @@ def run_transformers(
     on_start: Callable[[str, str, int, int], None],
     on_record: Callable[[RequestRecord], None],
 ) -> Generator[Run, None, None]:
-    """Two runs for each prompt set, one request at a time. Ctrl-C gives what there is, and ends.
+    """Two runs for each prompt set, one request at a time.
+
+    Ctrl-C gives what there is, and ends. So does an error, which is raised behind it.
 
     The systems take turns conversation by conversation, so a run's seconds are the sum of its requests' own.
     """
@@ -124,7 +126,7 @@ def run_transformers(
     for prompt_set in prompt_sets:
         torch.manual_seed(job.seed)
         measured = {PLAIN: Measured(), OURS: Measured()}
-        interrupted = False
+        end: BaseException | None = None
         try:
             for conversation in prompt_set.conversations[: job.warm_up]:
                 first_turn = replace(conversation, turns=conversation.turns[:1])
@@ -135,11 +137,13 @@ def run_transformers(
             for conversation in prompt_set.conversations:
                 for system, into in measured.items():
                     converse(pair, system, conversation, into, on_record)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, Exception) as error:
+            end = error
         for system, into in measured.items():
-            yield with_notes(into.run(system, prompt_set.name, pair.drafter.block_size - 1, interrupted))
-        if interrupted:
+            yield with_notes(into.run(system, prompt_set.name, pair.drafter.block_size - 1, end is not None))
+        if isinstance(end, Exception):
+            raise end
+        if end:
             return
 
 

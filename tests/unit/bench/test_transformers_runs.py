@@ -29,6 +29,8 @@ class StandIn:
     def token_ids(self, messages: list[dict[str, str]]) -> torch.Tensor:
         if messages[-1]["content"] == "refuse":
             raise ValueError("the chat template refuses these messages")
+        if messages[-1]["content"] == "too much":
+            raise RuntimeError("out of memory")
         self.asked.append(list(messages))
         return torch.tensor([[1, 2]])
 
@@ -57,6 +59,16 @@ def test_what_the_template_refuses_stops_no_other(monkeypatch: pytest.MonkeyPatc
     _, runs = run(monkeypatch, Conversation("a", ("refuse",)), Conversation("b", ("one",)))
     for one in runs:
         assert [record.error.kind if record.error else None for record in one.requests] == ["refused", None]
+
+
+def test_an_error_comes_behind_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_runs, "Pair", StandIn)
+    prompts = (Conversation("a", ("one",)), Conversation("b", ("too much",)))
+    runs = run_transformers(JOB, [PromptSet("own", prompts, "own.jsonl")], lambda *what: None, lambda record: None)
+    for one in (next(runs), next(runs)):
+        assert [record.name for record in one.requests] == ["a"] and one.interrupted
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(runs)
 
 
 @pytest.mark.parametrize(
