@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_dflash.bench_backends import SERVERS, BenchOptions, Display, Plan, check_options, planned_runs
+from vllm_dflash.bench_outputs import Outputs, check_outputs, finish, finish_after_error, save
 from vllm_dflash.benchmark.engine_process import EngineFailedError
 from vllm_dflash.benchmark.environment import environment
 from vllm_dflash.benchmark.records import RequestRecord, Run
@@ -21,22 +22,12 @@ from vllm_dflash.benchmark.results import (
     Results,
     Settings,
     load_results,
-    save_results,
 )
 from vllm_dflash.benchmark.sets import PromptSet, load_prompt_set
 from vllm_dflash.benchmark.side_by_side import merged_results, with_baseline
-from vllm_dflash.benchmark.table import show_results
 from vllm_dflash.console import CommandError, require_packages, show_log_tail, value_errors
 
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where results go; None: nowhere but to the terminal."""
-
-    json: Path | None = None
-    report: Path | None = None
 
 
 def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Console) -> int:
@@ -44,7 +35,7 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
 
     Whatever was measured before an error or Ctrl-C is saved and shown. Raises CommandError.
     """
-    _check_outputs(outputs)
+    check_outputs(outputs)
     _require_packages(options, outputs)
     with value_errors():
         check_options(options)
@@ -70,74 +61,31 @@ def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Co
         with _display(console) as display, contextlib.closing(plan.runs(display)) as runs:
             for run in runs:
                 results = replace(results, runs=(*results.runs, run))
-                _write("--output", outputs.json, results, save_results)
+                save(results, outputs)
     except KeyboardInterrupt:
         results = replace(results, notes=(*results.notes, "Interrupted before the next run had begun."))
-        _finish_after_error(results, outputs, console)
+        finish_after_error(results, outputs, console)
         return INTERRUPTED
     except EngineFailedError as error:
-        _finish_after_error(results, outputs, console)
+        finish_after_error(results, outputs, console)
         show_log_tail(console, error.log)
         raise CommandError(f"{error}. Its whole log: {error.log}") from error
     except Exception:  # whatever it is: the runs before it stay
-        _finish_after_error(results, outputs, console)
+        finish_after_error(results, outputs, console)
         raise
-    _finish(results, outputs, console)
+    finish(results, outputs, console)
     return INTERRUPTED if results.interrupted else int(_any_run_failed(results.runs))
 
 
 def render_saved(files: list[Path], baseline: Path | None, outputs: Outputs, console: Console) -> None:
     """The table and the report of earlier results, several of them side by side. Raises CommandError."""
-    _check_outputs(outputs)
+    check_outputs(outputs)
     require_packages(("pydantic",), "bench")
     with value_errors():
         results = merged_results([(load_results(file), str(file)) for file in files])
         if baseline:
             results = with_baseline(results, load_results(baseline), str(baseline))
-    _finish(results, outputs, console)
-
-
-def _finish(results: Results, outputs: Outputs, console: Console) -> None:
-    """The table, the file and the page. Where one cannot be written the other is; then raises CommandError."""
-    show_results(results, console)
-    failed: list[CommandError] = []
-    for flag, name, path, write in (
-        ("--output", "results", outputs.json, save_results),
-        ("--report", "report", outputs.report, _write_report),
-    ):
-        try:
-            _write(flag, path, results, write)
-        except CommandError as error:
-            failed.append(error)
-            continue
-        if path:
-            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
-    if failed:
-        raise CommandError("; ".join(map(str, failed)))
-
-
-def _finish_after_error(results: Results, outputs: Outputs, console: Console) -> None:
-    """As `_finish`; but a file that cannot be written is only told, so that the error before it is raised."""
-    try:
-        _finish(results, outputs, console)
-    except CommandError as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _write(flag: str, path: Path | None, results: Results, write: Callable[[Results, Path], None]) -> None:
-    """Raises CommandError naming the flag if the file cannot be written."""
-    try:
-        if path:
-            write(results, path)
-    except OSError as error:
-        raise CommandError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error
-
-
-def _write_report(results: Results, path: Path) -> None:
-    require_packages(("jinja2", "matplotlib"), "bench")
-    from vllm_dflash.benchmark.report.page import write_report
-
-    write_report(results, path)
+    finish(results, outputs, console)
 
 
 def _any_run_failed(runs: tuple[Run, ...]) -> bool:
@@ -166,15 +114,6 @@ def _check_names(datasets: Sequence[str], sets: Sequence[PromptSet]) -> None:
 
 def _info(prompt_set: PromptSet) -> PromptSetInfo:
     return PromptSetInfo(prompt_set.name, prompt_set.source, prompt_set.revision, len(prompt_set.conversations))
-
-
-def _check_outputs(outputs: Outputs) -> None:
-    """Before an hour of measuring, not after it."""
-    for flag, path in (("--output", outputs.json), ("--report", outputs.report)):
-        if path and path.is_dir():
-            raise CommandError(f"{flag} {path}: is a directory, a file is needed")
-        if path and not path.absolute().parent.is_dir():
-            raise CommandError(f"{flag} {path}: there is no directory {path.absolute().parent}")
 
 
 def _require_packages(options: BenchOptions, outputs: Outputs) -> None:

@@ -118,8 +118,9 @@ def bench(
     """
     from rich.console import Console
 
-    from vllm_dflash.bench import Outputs, render_saved, run_bench
+    from vllm_dflash.bench import render_saved, run_bench
     from vllm_dflash.bench_backends import BenchOptions
+    from vllm_dflash.bench_outputs import Outputs
     from vllm_dflash.benchmark.offline_runs import SYSTEMS
 
     console, outputs = Console(), Outputs(output, report)

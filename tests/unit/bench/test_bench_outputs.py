@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from tests.unit.bench import fake_server as fakes
 from tests.unit.bench.fake_server import fake_server
 from tests.unit.bench.samples import results
-from vllm_dflash import bench
+from vllm_dflash import bench, bench_outputs
 from vllm_dflash.bench_backends import Display, Plan
 from vllm_dflash.benchmark.records import Run
 from vllm_dflash.benchmark.results import load_results
@@ -39,7 +39,7 @@ def test_an_unforeseen_error_keeps_the_runs_before_it(tmp_path: Path, monkeypatc
     assert "baseline" in found.output and "64.0" in found.output  # 4 x 64 tokens in 4 s
     assert load_results(tmp_path / "r.json").runs == (results().runs[0],)
     assert (tmp_path / "r.html").stat().st_size > 1000
-    monkeypatch.setattr(bench, "_write_report", full)
+    monkeypatch.setattr(bench_outputs, "_write_report", full)
     found = invoke("--report", f"{tmp_path}/r.html")
     assert isinstance(found.exception, RuntimeError)
     assert f"--report {tmp_path}/r.html: cannot be written: No space left on device" in found.output
@@ -48,7 +48,7 @@ def test_an_unforeseen_error_keeps_the_runs_before_it(tmp_path: Path, monkeypatc
 def test_a_file_that_cannot_be_written_is_named_and_the_page_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "save_results", full)
+    monkeypatch.setattr(bench_outputs, "save_results", full)
     with fake_server(fakes.answer) as server:
         found = invoke(
             "--base-url",
