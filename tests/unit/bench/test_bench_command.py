@@ -64,6 +64,7 @@ def test_a_run_is_shown_and_saved_with_the_servers_counters(prompts: str, tmp_pa
         ("server", "own", 1),
         ("server", "own", 2),
     ]
+    assert (saved.settings.model, saved.settings.api, saved.settings.drafter) == ("fake", "chat", None)
     for run, summary in zip(saved.runs, saved.summaries, strict=True):
         assert run.counters is not None and run.counters.acceptance is not None
         assert run.counters.acceptance.drafts == 24  # 4 x 6; the warm-up is in neither

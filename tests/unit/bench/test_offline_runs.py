@@ -61,9 +61,21 @@ def invoke(folder: Path, *arguments: str) -> Result:
 
 def test_three_engines_follow_each_other(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, logs)
-    found = invoke(logs, "--concurrency", "1,2", "-k", "3")
+    found = invoke(
+        logs, "--concurrency", "1,2", "-k", "3", "--dtype", "float32", "--engine-args", '{"max_num_seqs": 8}'
+    )
     assert found.exit_code == 0, found.output
-    summaries = load_results(logs / "r.json").summaries
+    saved = load_results(logs / "r.json")
+    summaries, settings = saved.summaries, saved.settings
+    assert settings.model is not None and settings.model.endswith("tiny-python/target")
+    assert settings.drafter is not None and settings.drafter.endswith("tiny-python/drafter")
+    assert (settings.num_speculative_tokens, settings.dtype, settings.engine_args) == (
+        3,
+        "float32",
+        {"max_num_seqs": 8},
+    )
+    page = (logs / "r.html").read_text()
+    assert "tiny-python/drafter" in page and "{&#34;max_num_seqs&#34;: 8}" in page
     assert [(s.system, s.concurrency, s.tokens_per_second, s.speedup) for s in summaries] == [
         ("no speculation", 1, 1.0, None),
         ("no speculation", 2, 1.0, None),
