@@ -12,6 +12,8 @@ from vllm_dflash.benchmark.results import Results
 
 #: These do not change what is measured.
 HARMLESS = ("warm_up", "timeout_seconds")
+#: Nor do these, of a baseline that drafts nothing.
+OF_DRAFTS = ("drafter", "num_speculative_tokens")
 #: Settings that a server, or an older file, does not tell: None is no difference.
 OFTEN_UNKNOWN = ("model", "drafter", "num_speculative_tokens", "dtype", "api")
 #: Of the environment, what makes speeds another's.
@@ -25,11 +27,14 @@ def with_baseline(results: Results, other: Results, path: str) -> Results:
     if name is None:
         raise ValueError(f"--baseline {path}: holds runs of {', '.join(systems) or 'nothing'}: one system is needed")
     label = f"{name} ({path})"
+    runs = tuple(replace(run, system=label) for run in other.runs if run.system == name)
+    drafts = any(run.counters is not None and run.counters.acceptance is not None for run in runs)
+    ignored = HARMLESS if drafts else HARMLESS + OF_DRAFTS
     return replace(
         results,
         baseline=label,
-        baseline_runs=tuple(replace(run, system=label) for run in other.runs if run.system == name),
-        notes=(*results.notes, *_differences(results, other, path, "The baseline")),
+        baseline_runs=runs,
+        notes=(*results.notes, *_differences(results, other, path, "The baseline", ignored)),
     )
 
 
@@ -90,12 +95,14 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     return list(paths)  # they differ in their suffix alone
 
 
-def _differences(results: Results, other: Results, path: str, who: str) -> Iterable[str]:
+def _differences(
+    results: Results, other: Results, path: str, who: str, ignored: Sequence[str] = HARMLESS
+) -> Iterable[str]:
     """What makes a comparison unfair, one sentence each."""
     theirs = asdict(other.settings)
     for key, value in asdict(results.settings).items():
         unknown = key in OFTEN_UNKNOWN and None in (value, theirs[key])
-        if key not in HARMLESS and not unknown and theirs[key] != value:
+        if key not in ignored and not unknown and theirs[key] != value:
             yield f"{who} in {path} used {key} = {theirs[key]}, these runs used {value}."
     for key in MACHINE:
         there, here = other.environment.get(key, "none"), results.environment.get(key, "none")
