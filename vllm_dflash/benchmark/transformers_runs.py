@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_dflash.benchmark.metrics import AcceptanceCounts
+from vllm_dflash.benchmark.metrics import counts_of_rounds
 from vllm_dflash.benchmark.notes import with_notes
 from vllm_dflash.benchmark.records import Counters, RequestError, RequestRecord, ResponseAcceptance, Run
 from vllm_dflash.benchmark.sets.conversations import Conversation, PromptSet
@@ -156,7 +156,7 @@ class Measured:
         self.seconds = 0.0
 
     def run(self, system: str, dataset: str, num_speculative_tokens: int, interrupted: bool) -> Run:
-        counters = Counters(acceptance_counts(self.lengths, num_speculative_tokens)) if self.lengths else None
+        counters = Counters(counts_of_rounds(self.lengths, num_speculative_tokens)) if self.lengths else None
         return Run(system, dataset, 1, self.seconds, tuple(self.records), counters, interrupted=interrupted)
 
 
@@ -201,18 +201,6 @@ def converse(
         into.lengths += lengths
         on_record(into.records[-1])
         messages.append({"role": "assistant", "content": pair.tokenizer.decode(new_ids, skip_special_tokens=True)})
-
-
-def acceptance_counts(lengths: Sequence[int], num_speculative_tokens: int) -> AcceptanceCounts:
-    """Of what each round accepted, bonus token included. Every round drafts the whole block."""
-    accepted = tuple(sum(length > position for length in lengths) for position in range(1, num_speculative_tokens + 1))
-    return AcceptanceCounts(
-        drafts=len(lengths),
-        drafted_tokens=len(lengths) * num_speculative_tokens,
-        accepted_tokens=sum(lengths) - len(lengths),
-        accepted_per_position=accepted,
-        drafted_per_position=(len(lengths),) * num_speculative_tokens,
-    )
 
 
 def _acceptance(lengths: Sequence[int], num_speculative_tokens: int) -> ResponseAcceptance | None:

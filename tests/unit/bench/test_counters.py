@@ -54,6 +54,17 @@ def test_drafts_that_reach_a_position_are_read_where_they_are_counted() -> None:
     assert found.drafted_per_position == (6, 5, 0)
 
 
+def test_drafts_of_which_nothing_was_verified_are_none_where_that_is_known() -> None:
+    """Six drafts by vLLM's counter, five by the plugin's: one verified nothing."""
+    ours = """\
+# TYPE vllm_dflash:spec_decode_num_drafts_total counter
+vllm_dflash:spec_decode_num_drafts_total{engine="0",model_name="m"} 5.0
+"""
+    found = parse_counters(VLLM + ours, "m").acceptance
+    assert found is not None
+    assert found.acceptance_length == 1 + 5 / 5
+
+
 def test_a_position_without_a_sample_was_never_reached() -> None:
     gap = VLLM.replace('position="1"', 'position="3"')
     found = parse_counters(gap + OURS, "m").acceptance

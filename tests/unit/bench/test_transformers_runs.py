@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from vllm_dflash.benchmark import transformers_runs
-from vllm_dflash.benchmark.metrics import AcceptanceCounts
 from vllm_dflash.benchmark.sets.conversations import Conversation, PromptSet
-from vllm_dflash.benchmark.transformers_runs import Clock, Pair, TransformersJob, acceptance_counts, run_transformers
+from vllm_dflash.benchmark.transformers_runs import Clock, Pair, TransformersJob, run_transformers
 
 JOB = TransformersJob("target", "drafter", "auto", 8, 0.0, 0.9, 0, True, None, 1)
 
@@ -86,11 +85,6 @@ def test_nothing_is_left_to_the_models_generation_config(temperature: float, sam
     pair.generate(torch.tensor([[1]]), Clock())
     others = ("attention_mask", "max_new_tokens", "streamer", "eos_token_id", "pad_token_id")
     assert {key: said[key] for key in said if key not in others} == {"repetition_penalty": 1.0} | sampling
-
-
-def test_rounds_become_counters() -> None:
-    """Four rounds of K = 3 that gave 4, 1, 2 and 1 tokens, the bonus token included: 3, 0, 1 and 0 accepted."""
-    assert acceptance_counts([4, 1, 2, 1], 3) == AcceptanceCounts(4, 12, 4, (2, 1, 1), (4, 4, 4))
 
 
 def test_the_prompt_is_no_token() -> None:

@@ -2,7 +2,8 @@
 """A server's own counters, from the text of its `/metrics`. Summed over engines; names are vLLM's, or this plugin's.
 
 `vllm_dflash:spec_decode_num_draft_tokens_per_pos` counts the drafts that had a token at each position. vLLM does not
-count them, so that without it position rates divide by all drafts.
+count them, so that without it position rates divide by all drafts. Its `num_drafts` also counts drafts of which nothing
+was verified, which `vllm_dflash:spec_decode_num_drafts` leaves out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from collections import defaultdict
 from vllm_dflash.benchmark.metrics import AcceptanceCounts
 from vllm_dflash.benchmark.records import Counters
 
-SPECULATION = "vllm:spec_decode_num_"
-DRAFTED_PER_POSITION = "vllm_dflash:spec_decode_num_draft_tokens_per_pos"
+SPECULATION, OURS = "vllm:spec_decode_num_", "vllm_dflash:spec_decode_num_"
 Samples = dict[str, dict[int, float]]  # by name of the counter and position; 0 where a counter has no positions
 
 
@@ -54,14 +54,14 @@ def _single(found: Samples, name: str) -> int | None:
 
 def _acceptance(found: Samples) -> AcceptanceCounts | None:
     """None for a server that does not speculate."""
-    drafts = _single(found, f"{SPECULATION}drafts")
+    drafts = _single(found, f"{OURS}drafts" if f"{OURS}drafts" in found else f"{SPECULATION}drafts")
     drafted = _single(found, f"{SPECULATION}draft_tokens")
     accepted = _single(found, f"{SPECULATION}accepted_tokens")
     per_position = found.get(f"{SPECULATION}accepted_tokens_per_pos")
     if drafts is None or drafted is None or accepted is None or not per_position:
         return None
     positions = range(max(per_position) + 1)
-    reached = found.get(DRAFTED_PER_POSITION)
+    reached = found.get(f"{OURS}draft_tokens_per_pos")
     return AcceptanceCounts(
         drafts,
         drafted,
