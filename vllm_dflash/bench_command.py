@@ -55,7 +55,7 @@ def bench(
     ] = None,
     dataset_revision: Annotated[
         list[str] | None,
-        _option("Commit or tag of a hub's data set. Default: what main is when first fetched.", metavar="NAME=COMMIT"),
+        _option("Commit or tag of a hub's data set. Default: the commit that is pinned here.", metavar="NAME=COMMIT"),
     ] = None,
     concurrency: Annotated[str, _option("Requests in flight, one run for each.", metavar="N,N,...")] = "1",
     num_prompts: Annotated[int | None, _option("So many of each set, drawn by the seed. Default: all.", min=1)] = None,

@@ -25,13 +25,13 @@ def run_servers(
 
     on_start: gets system, prompt set, concurrency and the number of requests. Ends after an interrupted run.
     """
-    session = f"{time.time_ns():x}"
+    bench_id = f"{time.time_ns():x}"
     for prompt_set in prompt_sets:
         for concurrency in concurrencies:
             for server in servers:
                 num_requests = sum(len(conversation.turns) for conversation in prompt_set.conversations)
                 on_start(server.system, prompt_set.name, concurrency, num_requests)
-                run = _run(server, prompt_set, concurrency, warm_up, session, on_record)
+                run = _run(server, prompt_set, concurrency, warm_up, bench_id, on_record)
                 yield run
                 if run.interrupted:
                     return
@@ -42,20 +42,20 @@ def _run(
     prompt_set: PromptSet,
     concurrency: int,
     warm_up: int,
-    session: str,
+    bench_id: str,
     on_record: Callable[[RequestRecord], None],
 ) -> Run:
     conversations = prompt_set.conversations
     before, problem = read_counters(server)
     if warm_up:
         first_turns = [Conversation(c.name, c.turns[:1], c.history) for c in conversations[:warm_up]]
-        warm = run_load(server.endpoint, first_turns, concurrency, salt=_salt(server, session, "warm-up"))
+        warm = run_load(server.endpoint, first_turns, concurrency, salt=_salt(server, bench_id, "warm-up"))
         if warm.interrupted:
             return Run(server.system, prompt_set.name, concurrency, 0.0, (), interrupted=True)
         if before is not None:  # or the warm-up's last tokens would be counted in the run
             before, problem = _settled_counters(server, before, warm)
     cached = None if server.salted else flush_cache(server)
-    salt = _salt(server, session, f"{prompt_set.name}-{concurrency}")
+    salt = _salt(server, bench_id, f"{prompt_set.name}-{concurrency}")
     load = run_load(server.endpoint, conversations, concurrency, on_record, salt)
     counters, interrupted = None, load.interrupted
     if before is not None:
@@ -67,8 +67,8 @@ def _run(
     return with_notes(run, [note for note in (problem, cached) if note])
 
 
-def _salt(server: Server, session: str, of: str) -> str | None:
-    return f"{session}-{of}" if server.salted else None
+def _salt(server: Server, bench_id: str, of: str) -> str | None:
+    return f"{bench_id}-{of}" if server.salted else None
 
 
 def _counted(server: Server, before: Counters, load: Load) -> tuple[Counters | None, str | None]:
