@@ -112,9 +112,14 @@ def check_options(options: BenchOptions) -> None:
     unknown = sorted(set(options.revisions) - set(options.datasets))
     if unknown:
         raise ValueError(f"--dataset-revision {unknown[0]}=...: no --dataset {unknown[0]} was given")
-    for url in (options.base_url, options.metrics_url, options.baseline_url):
+    urls = {
+        "--base-url": options.base_url,
+        "--metrics-url": options.metrics_url,
+        "--baseline-url": options.baseline_url,
+    }
+    for flag, url in urls.items():
         if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url}: a URL that begins with http:// or https:// is needed")
+            raise ValueError(f"{flag} {url}: a URL that begins with http:// or https:// is needed")
 
 
 def _listed(values: Sequence[int]) -> str:

@@ -247,7 +247,7 @@ def test_generate_with_a_template_of_the_given_tokenizer(prompts: str) -> None:
         (["--dataset", "gsm9k"], "--dataset gsm9k: not a .jsonl file"),
         (["--raw", "--no-thinking"], "--thinking and --no-thinking need --chat"),
         (["--api", "generate"], "--api generate: is SGLang's, and --backend is vllm"),
-        (["--base-url", "localhost:8000"], "localhost:8000: a URL that begins with http"),
+        (["--base-url", "localhost:8000"], "--base-url localhost:8000: a URL that begins with http"),
         (["--target", "x"], "--target x: a running server has its own"),
         (["--backend", "offline", "--base-url", "http://x"], "--base-url http://x: only a server has one"),
         (["--backend", "transformers", "--concurrency", "1,8"], "--concurrency 1,8: --backend transformers runs 1"),
