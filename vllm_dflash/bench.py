@@ -25,9 +25,7 @@ from vllm_dflash.benchmark.results import (
 )
 from vllm_dflash.benchmark.sets import PromptSet, load_prompt_set
 from vllm_dflash.benchmark.side_by_side import merged_results, with_baseline
-from vllm_dflash.console import CommandError, require_packages, show_log_tail, value_errors
-
-INTERRUPTED = 130
+from vllm_dflash.console import INTERRUPTED, CommandError, require_packages, show_log_tail, value_errors
 
 
 def run_bench(options: BenchOptions, outputs: Outputs, command: str, console: Console) -> int:

@@ -82,9 +82,12 @@ class Plan:
 def check_options(options: BenchOptions) -> None:
     """Raises ValueError naming the flags that do not go together."""
     server = options.backend in SERVERS
-    for flag, value in (("--metrics-url", options.metrics_url), ("--baseline-url", options.baseline_url),
-                        ("--base-url", options.base_url), ("--model", options.model),
-                        ("--tokenizer", options.tokenizer)):  # fmt: skip
+    urls = {
+        "--metrics-url": options.metrics_url,
+        "--baseline-url": options.baseline_url,
+        "--base-url": options.base_url,
+    }
+    for flag, value in (urls | {"--model": options.model, "--tokenizer": options.tokenizer}).items():
         if value is not None and not server:
             raise ValueError(f"{flag} {value}: only a server has one, and --backend is {options.backend}")
     own = {
@@ -112,11 +115,6 @@ def check_options(options: BenchOptions) -> None:
     unknown = sorted(set(options.revisions) - set(options.datasets))
     if unknown:
         raise ValueError(f"--dataset-revision {unknown[0]}=...: no --dataset {unknown[0]} was given")
-    urls = {
-        "--base-url": options.base_url,
-        "--metrics-url": options.metrics_url,
-        "--baseline-url": options.baseline_url,
-    }
     for flag, url in urls.items():
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(f"{flag} {url}: a URL that begins with http:// or https:// is needed")

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_dflash.cli_types import Dtype
+
 
 class Backend(str, Enum):
     VLLM = "vllm"
@@ -28,12 +30,6 @@ class System(str, Enum):
     PLAIN = "plain"
     VLLM = "vllm"
     VLLM_DFLASH = "vllm_dflash"
-
-
-class BenchDtype(str, Enum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 def _option(help: str, *names: str, metavar: str | None = None, min: float | None = None, panel: str = "") -> object:
@@ -93,7 +89,7 @@ def bench(
         int | None,
         _option("Draft tokens a step. Default: the block's.", "-k", "--num-speculative-tokens", min=1, panel=ENGINE),
     ] = None,
-    dtype: Annotated[BenchDtype, _option("What the engine computes in.", panel=ENGINE)] = BenchDtype.AUTO,
+    dtype: Annotated[Dtype, _option("What the engine computes in.", panel=ENGINE)] = Dtype.AUTO,
     system: Annotated[
         list[System] | None,
         _option("Of --backend offline: plain, vLLM's own dflash, vllm_dflash. Default: all.", panel=ENGINE),

@@ -13,6 +13,7 @@ import typer
 
 from vllm_dflash import __version__
 from vllm_dflash.bench_command import bench
+from vllm_dflash.cli_types import Dtype
 
 app = typer.Typer(
     help="DFlash speculative decoding for vLLM.",
@@ -20,14 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-class Dtype(str, Enum):
-    """What vLLM computes in. `auto` follows the checkpoint."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 class EngineDtype(str, Enum):

@@ -21,6 +21,8 @@ from vllm_dflash.config import DFlashConfig
 #: The pair that a checkout of the repository brings along.
 SHIPPED_PAIR = Path(__file__).resolve().parents[1] / "models" / "tiny-python"
 LOG_TAIL_LINES = 20
+#: Exit status of a command that Ctrl-C ended, as shells give it.
+INTERRUPTED = 130
 
 
 class CommandError(Exception):
@@ -37,8 +39,11 @@ def value_errors() -> Iterator[None]:
 
 
 def require_packages(names: Iterable[str], extra: str) -> None:
-    """Raise CommandError naming the packages that are not installed and the extra that brings them."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    """Raise CommandError naming the packages that are not installed and the extra that brings them.
+
+    names: as they are imported.
+    """
+    missing = [name.replace("_", "-") for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"{', '.join(missing)} not installed: pip install 'vllm-dflash[{extra}]'")
 
@@ -55,13 +60,14 @@ def resolve_pair(target: str | None, drafter: str | None) -> tuple[str, str]:
         raise CommandError("--target and --drafter go together: a drafter only works with the target it was trained on")
     pair = (target or str(SHIPPED_PAIR / "target"), drafter or str(SHIPPED_PAIR / "drafter"))
     for flag, model in zip(("--target", "--drafter"), pair, strict=True):
-        if not Path(model).is_dir() and not _looks_like_hub_id(model):
+        if not Path(model).is_dir() and not looks_like_hub_id(model):
             hint = "" if target else f" The shipped pair comes with the repository's checkout; {flag} names another."
             raise CommandError(f"{flag}: there is no directory {model}.{hint}")
     return pair
 
 
-def _looks_like_hub_id(model: str) -> bool:
+def looks_like_hub_id(model: str) -> bool:
+    """Whether it is of the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
 
 

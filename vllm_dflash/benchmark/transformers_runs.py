@@ -65,6 +65,7 @@ class Pair:
         from transformers.utils.logging import disable_progress_bar
 
         from vllm_dflash.hf import DFlashDraftModel
+        from vllm_dflash.hf.sequences import id_list
 
         disable_progress_bar()
         device = job.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -73,8 +74,7 @@ class Pair:
         self.tokenizer = AutoTokenizer.from_pretrained(job.target)
         self.target = AutoModelForCausalLM.from_pretrained(job.target, dtype=dtype).to(device).eval()
         self.drafter = DFlashDraftModel.from_pretrained(job.drafter, dtype=self.target.dtype).to(device).eval()
-        ends = self.target.generation_config.eos_token_id
-        self.stop_token_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.stop_token_ids = id_list(self.target.generation_config.eos_token_id)
 
     def token_ids(self, messages: list[dict[str, str]]) -> torch.Tensor:
         """[1, P]. Raises ValueError for what the chat template refuses."""
@@ -204,7 +204,7 @@ def converse(
 
 
 def _acceptance(lengths: Sequence[int], num_speculative_tokens: int) -> ResponseAcceptance | None:
-    if not lengths:
+    counts = counts_of_rounds(lengths, num_speculative_tokens)
+    if counts.acceptance_length is None:
         return None
-    drafts, accepted = len(lengths), sum(lengths) - len(lengths)
-    return ResponseAcceptance(1 + accepted / drafts, drafts, accepted, drafts * num_speculative_tokens)
+    return ResponseAcceptance(counts.acceptance_length, counts.drafts, counts.accepted_tokens, counts.drafted_tokens)

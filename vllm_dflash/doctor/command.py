@@ -13,15 +13,13 @@ from rich.console import Console
 
 from vllm_dflash.benchmark.job import Prompt
 from vllm_dflash.benchmark.prompts import load_prompts
-from vllm_dflash.console import SHIPPED_PAIR, CommandError
+from vllm_dflash.console import INTERRUPTED, SHIPPED_PAIR, CommandError
 from vllm_dflash.doctor.diagnosis import AskEngine, diagnose
 from vllm_dflash.doctor.facts import Asked, Facts
 from vllm_dflash.doctor.finding import Finding, error, exit_code, info
 from vllm_dflash.doctor.measurement import Measurement, findings_of
 from vllm_dflash.doctor.report import Report, as_json, show
 
-#: Exit status after Ctrl-C, as shells give it.
-INTERRUPTED = 130
 #: What loading and running raise for models that are broken, do not go together or do not fit: memory that runs out and
 #: shapes that differ are RuntimeErrors, ids beyond a table IndexErrors, missing config keys any of the next three.
 _OF_A_BROKEN_PAIR = (ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.console import looks_like_hub_id
 from vllm_dflash.doctor.facts import TensorFacts, Weights
 from vllm_dflash.doctor.reading import UnreadableError
 
@@ -23,7 +23,7 @@ def locate(flag: str, model: str) -> tuple[Path, Weights | None]:
     """
     if Path(model).is_dir():
         return Path(model), None
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is None:
+    if not looks_like_hub_id(model):
         raise UnreadableError(f"{flag}: there is no directory {model}, and it is no hub id (owner/name)")
     directory = _fetch(flag, model)
     if any(directory.glob("*.safetensors")):

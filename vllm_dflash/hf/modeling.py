@@ -31,7 +31,7 @@ from vllm_dflash.hf.generation import SpecGenerateOutput, spec_generate
 from vllm_dflash.hf.graphs import Workspace
 from vllm_dflash.hf.masks import attention, combined
 from vllm_dflash.hf.options import Options
-from vllm_dflash.hf.sequences import Limits, stop_tokens
+from vllm_dflash.hf.sequences import Limits, id_list
 from vllm_dflash.hf.slot_cache import SlotCache
 
 
@@ -340,7 +340,7 @@ class DFlashDraftModel(PreTrainedModel):
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
             input_ids = input_ids["input_ids"]
         options = Options(
-            limits=Limits(max_new_tokens, stop_tokens(stop_token_ids)),
+            limits=Limits(max_new_tokens, frozenset(id_list(stop_token_ids))),
             sampling=Sampling(temperature, top_k, top_p, generator),
             tree_budget=tree_budget,
             draft_sample_method=draft_sample_method,

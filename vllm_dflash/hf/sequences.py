@@ -6,6 +6,7 @@ Letters: B sequences, P tokens of the longest prompt, n of the longest answer, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,11 @@ class Limits:
         return kept, num_before + len(kept) == self.max_new_tokens
 
 
-def stop_tokens(stop_token_ids: list[int] | int | None) -> frozenset[int]:
-    """What a user may give for them."""
-    if isinstance(stop_token_ids, int):
-        return frozenset({stop_token_ids})
-    return frozenset(map(int, stop_token_ids if stop_token_ids is not None else ()))
+def id_list(token_ids: Sequence[int] | int | None) -> list[int]:
+    """One id, several or none, as a user may give them and as a generation config has them."""
+    if isinstance(token_ids, int):
+        return [token_ids]
+    return [] if token_ids is None else [int(token) for token in token_ids]
 
 
 class Sequences:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from vllm_dflash.console import CommandError
-from vllm_dflash.top.polling import Poller, UnreachableError, require_packages
+from vllm_dflash.console import CommandError, require_packages
+from vllm_dflash.top.polling import Poller, UnreachableError
 from vllm_dflash.top.screen import render
 from vllm_dflash.top.snapshot import NotVllmError, Snapshot
 from vllm_dflash.top.window import WINDOW_SECONDS, Window
@@ -21,7 +21,7 @@ Sleep = Callable[[float], None]
 
 def run_top(url: str, interval: float, once: bool, console: Console) -> None:
     """Show a server until Ctrl-C, or one time. Raises CommandError if there is none to begin with."""
-    require_packages()
+    require_packages(("httpx", "prometheus_client"), "bench")
     view = View(Poller(url))
     try:
         view.begin()

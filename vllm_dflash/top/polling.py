@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +34,6 @@ def metrics_url(url: str) -> str:
     path = parts.path.rstrip("/").removesuffix("/v1")  # a base URL as OpenAI's clients have it
     path = path if path.endswith("/metrics") else f"{path}/metrics"
     return parts._replace(path=path, query="", fragment="").geturl()
-
-
-def require_packages() -> None:
-    """Raise CommandError naming the extra that brings what is missing."""
-    needed = {"httpx": "httpx", "prometheus_client": "prometheus-client"}
-    missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise CommandError(f"{', '.join(missing)} not installed: pip install 'vllm-dflash[bench]'")
 
 
 class Poller:

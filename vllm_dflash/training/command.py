@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from vllm_dflash.checkpoint import resolve_model_dir
 from vllm_dflash.hf import DFlashDraftModel, TargetFeatures
+from vllm_dflash.hf.sequences import id_list
 from vllm_dflash.hf.verification import TargetMasks
 from vllm_dflash.training.card import write_card
 from vllm_dflash.training.drafter_shape import new_drafter_config
@@ -124,8 +125,7 @@ class DrafterRun:
     @property
     def end_ids(self) -> list[int]:
         ends = self.target.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return id_list(self.tokenizer.eos_token_id if ends is None else ends)
 
     def _check_target(self, draft: DFlashDraftModel) -> None:
         """What would otherwise show at the end: layers that cannot be tapped or masked, too few positions."""

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_dflash.benchmark.metrics import counts_of_rounds
 from vllm_dflash.hf import DFlashDraftModel
+from vllm_dflash.hf.sequences import id_list
 from vllm_dflash.training.prompts import Prompt, read_prompts
 
 
@@ -114,8 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = getattr(torch, arguments.dtype)
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).eval()
     draft = DFlashDraftModel.from_pretrained(str(arguments.drafter), dtype=dtype).eval()
-    ends = target.generation_config.eos_token_id
-    end_ids = None if arguments.ignore_eos else [ends] if isinstance(ends, int) else ends
+    end_ids = None if arguments.ignore_eos else id_list(target.generation_config.eos_token_id)
     prompts = read_prompts(arguments.prompts)
     for record in acceptance_records(draft, target, prompts, arguments.max_new_tokens, end_ids):
         print(json.dumps(record))

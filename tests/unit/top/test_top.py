@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from vllm_dflash.cli import app
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.console import CommandError
-from vllm_dflash.top import command, polling
+from vllm_dflash.top import command
 from vllm_dflash.top.command import View, follow
 from vllm_dflash.top.polling import Poller, metrics_url
 from vllm_dflash.top.screen import REASONS, render
@@ -331,6 +332,6 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         result.output.strip() == "error: URL: 'ftp://server' is no address of a server, such as http://localhost:8000"
     )
-    monkeypatch.setattr(polling.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["top", "server:8000"])
     assert result.output.strip() == "error: httpx, prometheus-client not installed: pip install 'vllm-dflash[bench]'"

@@ -8,20 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.benchmark.sets.conversations import Conversation
+from vllm_dflash.files import numbered_lines
 
 KEYS = ("turns", "messages", "prompt", "text")
 
 
 def read_conversations(path: Path) -> tuple[Conversation, ...]:
     """All of a file. Raises ValueError naming the file, or the line and the key that is not as it should be."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
     found = tuple(
-        conversation_of(line, f"{path}:{number}", f"{path.stem}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        conversation_of(line, f"{path}:{number}", f"{path.stem}:{number}") for number, line in numbered_lines(path)
     )
     if not found:
         raise ValueError(f"{path}: holds no prompt")
