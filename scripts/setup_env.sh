@@ -4,7 +4,7 @@
 # without a change it returns at once, after an interrupted run it starts afresh. Settings, all optional:
 #
 #   PYTHON=python3.12     interpreter for a new .venv (default: python3.11, else python3)
-#   EXTRAS=cuda,dev       extras of pyproject.toml (default: those of the last run, at first cpu,train,dev)
+#   EXTRAS=cuda,dev       extras of pyproject.toml (default: those of the last run, at first cpu,train,ray,dev)
 #   VENV=.venv            where the environment goes
 #   TORCH_INDEX_URL=...   one more package index for pip, for a mirror of PyTorch's CPU wheels. vLLM's CPU build needs
 #                         torch's CPU build, which the default index does not carry; where pip does not find it, uv
@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${VENV:-.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
-EXTRAS=${EXTRAS:-$(cat "$VENV/.extras" 2>/dev/null || echo cpu,train,dev)}
+EXTRAS=${EXTRAS:-$(cat "$VENV/.extras" 2>/dev/null || echo cpu,train,ray,dev)}
 READY=$VENV/.ready # written last; holds the fingerprint of what was installed
 LOG=$VENV/setup.log
 HEARTBEAT_S=15
