@@ -121,6 +121,8 @@ def test_counts_are_reported_once() -> None:
 @pytest.mark.gpu
 def test_events_of_a_real_stream() -> None:
     """A device that sleeps twice as long before its drafting as in it."""
+    torch.cuda._sleep(1)  # a kernel's first launch loads it, which takes the host longer than the device sleeps
+    torch.cuda.synchronize()
     meter = StepMeter.on(torch.device("cuda"))
     meter.begin_step(True)
     torch.cuda._sleep(40_000_000)
