@@ -61,7 +61,7 @@ def measure(facts: Facts, prompts: Sequence[Prompt], max_new_tokens: int, show: 
         draft.dflash = replace(given, target_layer_ids=tuple(i + way.shift for i in given.target_layer_ids))
         show(f"target layers {list(draft.dflash.target_layer_ids)}, mode {way.mode}")
         ids = [token_ids(tokenizer, prompt, way.mode) for prompt in prompts]
-        lengths = [acceptance_lengths(draft, target, one, max_new_tokens, ends, device) for one in ids]
+        lengths = [acceptance_lengths(draft, target, one, max_new_tokens, ends) for one in ids]
         runs.append(run_of(draft.dflash, way, lengths))
     seconds = time.perf_counter() - started
     name = str(target.dtype).removeprefix("torch.")

@@ -63,11 +63,10 @@ def acceptance_lengths(
     token_ids: Sequence[int],
     max_new_tokens: int,
     end_ids: list[int] | None,
-    device: torch.device | str = "cpu",
 ) -> list[int]:
-    """Of each draft of one prompt's greedy response: tokens accepted and the target's own. device: of both models."""
+    """Of each draft of one prompt's greedy response: tokens accepted and the target's own."""
     output = draft.spec_generate(
-        input_ids=torch.tensor([token_ids], device=device),
+        input_ids=torch.tensor([token_ids], device=draft.device),
         target=target,
         max_new_tokens=max_new_tokens,
         temperature=0.0,

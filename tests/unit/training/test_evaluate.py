@@ -4,6 +4,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_dflash.training import evaluate, pair
 from vllm_dflash.training.prompts import Prompt
@@ -13,11 +14,13 @@ class ScriptedDraft:
     """Stands in for a drafter of block 4 whose rounds are known."""
 
     block_size = 4
+    device = torch.device("meta")  # another one than torch's default
 
     def __init__(self, rounds):
         self.rounds = iter(rounds)
 
-    def spec_generate(self, **_):
+    def spec_generate(self, input_ids, **_):
+        assert input_ids.device == self.device
         return SimpleNamespace(acceptance_lengths=next(self.rounds))
 
 
