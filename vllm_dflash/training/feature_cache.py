@@ -65,11 +65,16 @@ class FeatureCache:
         return self._mapped(index, self.length(index)).clone()
 
     def batch(self, indices: Sequence[int], padded_length: int) -> Tensor:
-        """Features of several sequences, cut at `padded_length` or padded with zeros: [B, padded_length, F*H]."""
-        padded = torch.zeros(len(indices), padded_length, self.num_features, dtype=self.dtype)
+        """Features of several sequences, cut at `padded_length` or padded with zeros: [B, padded_length, F*H].
+
+        In pinned memory where there is a GPU to send them to.
+        """
+        shape, pins = (len(indices), padded_length, self.num_features), torch.cuda.is_available()
+        padded = torch.empty(shape, dtype=self.dtype, pin_memory=pins)
         for row, index in enumerate(indices):
             length = min(self.length(index), padded_length)
             padded[row, :length] = self._mapped(index, length)
+            padded[row, length:] = 0
         return padded
 
     def _mapped(self, index: int, length: int) -> Tensor:

@@ -27,6 +27,7 @@ from vllm_dflash.training.blocks import BlockShape, DraftedBlocks, draft_blocks
 from vllm_dflash.training.data import collate, sent, target_states
 from vllm_dflash.training.evaluate import Acceptance
 from vllm_dflash.training.objective import Objective, objective_sums, target_rows
+from vllm_dflash.training.read_ahead import ReadAhead, ReadFeatures
 from vllm_dflash.training.recipe import Recipe
 from vllm_dflash.training.reduced_vocabulary import draft_labels
 from vllm_dflash.training.responses import Response
@@ -35,16 +36,15 @@ from vllm_dflash.training.saving import save_drafter
 from vllm_dflash.training.schedule import cosine_with_warmup
 
 logger = logging.getLogger(__name__)
-#: Batches come in many shapes. Of those, torch 2.11's analysis of how to tile a kernel fails in RMSNorm.
-_COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
+#: Batches come in many shapes. Of those, torch 2.11's analysis of how to tile a kernel fails in RMSNorm, and its fused
+#: gradients of RMSNorm's weights are of the wrong size where the number of rows is a sum: context and blocks.
+_COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
 #: Bytes of fp32 logits that exist at a time: those of a large vocabulary are the largest tensors of a step.
 _LOGITS_BYTES = 2**29
 _REPORT_SECONDS = 10.0
 
 #: Of a drafter in the target's precision, on the held-out prompts.
 Evaluate = Callable[[DFlashDraftModel], Acceptance]
-#: Features [B, S, F*H] of sequences, padded to so many tokens.
-ReadFeatures = Callable[[Sequence[int], int], Tensor]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class DrafterTrainer:
         )
         _check_ranks(self.accelerator.num_processes)
         self.recipe, self.output, self.sequences = recipe, output, sequences
-        self.evaluate, self.read_features = evaluate, read_features
+        self.evaluate = evaluate
         self.target = target.eval().requires_grad_(False).to(self.accelerator.device)
         self.layer_ids = draft.target_layer_ids
         self.shape = BlockShape(draft.block_size, draft.mask_token_id, training.anchors, training.tokens_per_anchor)
@@ -100,6 +100,10 @@ class DrafterTrainer:
         self.draft, self.optimizer = self.accelerator.prepare(draft.float().train(), optimizer)
         lengths = [len(each.sequence) for each in sequences]
         self.plan = BatchPlan(lengths, recipe.data.max_length, training.batch_tokens, training.seed)
+        self.features: ReadAhead | None = None
+        if read_features is not None:
+            ranks = self.accelerator.num_processes
+            self.features = ReadAhead(read_features, self.plan, ranks, self.accelerator.device)
         self.state = RunState()
         self._seen = _Seen(since=time.monotonic())
 
@@ -177,14 +181,19 @@ class DrafterTrainer:
         device = self.accelerator.device
         batch, anchors, valid = batch.to(device), sent(anchors, device), sent(valid, device)
         with self.accelerator.autocast():
-            features, last = self._states(planned.indices, batch.token_ids)
+            features, last = self._states(index, batch.token_ids)
             blocks = draft_blocks(self.draft, self.target, batch, features, anchors, valid, self.shape)
             return self._blocks_loss(blocks, last)
 
-    def _states(self, indices: Sequence[int], token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.read_features is None:
+    def _states(
+        self,
+        index: int,
+        token_ids: Tensor,  # [B, S] of the `index`-th batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features [B, S, F*H], and the last hidden states [B, S, H] where the target computes them."""
+        if self.features is None:
             return target_states(self.target, token_ids, self.layer_ids)
-        return sent(self.read_features(indices, token_ids.shape[1]), token_ids.device), None
+        return sent(self.features.take(index), token_ids.device), None
 
     def _blocks_loss(
         self,
