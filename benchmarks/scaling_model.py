@@ -96,14 +96,16 @@ class Plan:
         yield from self._table({f"{count} x TP {ranks}": (count, ranks) for count, ranks in ways}, per_user=True)
 
     def drafting(self) -> Iterator[str]:
-        """The drafter dealt out as the target is, or a whole one on every rank."""
-        most = max(self.args.draft_tokens)
-        yield f"Drafting {most} tokens, ms a step, modelled: dealt out to so many ranks (1: a whole drafter on each).\n"
-        yield "| requests | " + " | ".join(map(str, self.sizes)) + " |"
+        """The draft layers dealt out as the target's are, or whole on every rank."""
+        most, ranks = max(self.args.draft_tokens), self.sizes[1:]
+        yield f"Drafting {most} tokens, ms a step, modelled: draft layers dealt out to the ranks / whole on each:\n"
+        yield "| requests | " + " | ".join(f"TP {size}" for size in self.sizes) + " |"
         yield "|--:|" + "--:|" * len(self.sizes)
         for requests in self.args.users:
-            times = [draft_ms(H200, self.drafter, requests, self.args.context, most, size) for size in self.sizes]
-            yield f"| {requests} | " + " | ".join(f"{ms:.2f}" for ms in times) + " |"
+            given = (H200, self.drafter, requests, self.args.context, most)
+            cells = [f"{draft_ms(*given):.2f}"]
+            cells += [f"{draft_ms(*given, size):.2f} / {draft_ms(*given, size, is_whole=True):.2f}" for size in ranks]
+            yield f"| {requests} | " + " | ".join(cells) + " |"
 
     def _table(self, ways: dict[str, tuple[int, int]], per_user: bool) -> Iterator[str]:
         """`ways`: replicas, and ranks of each, by name."""

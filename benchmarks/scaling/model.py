@@ -31,11 +31,12 @@ class Card:
     passes: float  # how often a layer reads or writes a row's hidden state
     sum_us: float  # of a small all-reduce
     link_gb_s: float  # of a large one, to and from each GPU
+    host_ms: float  # that vLLM works for a step on the host: no step takes less
 
 
-#: Fitted to the measured steps of one GPU (results/decode_steps_h200.csv). The last two are assumed: small all-reduces
-#: take about 10 us over NVLink, and large ones reach some three quarters of its 450 GB/s in each direction.
-H200 = Card("H200", 3.56, 4.25, 640.0, 24.0, 24.0, 10.0, 350.0)
+#: Fitted to the measured steps of one GPU (results/decode_steps_h200.csv). What all-reduces take is assumed: small ones
+#: about 10 us over NVLink, large ones as long as at some three quarters of its 450 GB/s in each direction.
+H200 = Card("H200", 3.56, 4.25, 640.0, 24.0, 24.0, 10.0, 350.0, 2.9)
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def step_ms(
     draft_tokens: int,  # K; 0: no speculation
     ranks: int = 1,  # T
 ) -> float:
-    """One step: verifying K drafts and a token of each request, and drafting the next K."""
+    """One step: verifying K drafts and a token of each request, and drafting the next K, all dealt out to the ranks."""
     rows = num_reqs * (1 + draft_tokens)
-    verifying = _forward_ms(card, target, num_reqs, rows, rows, context, ranks)
-    return verifying + draft_ms(card, drafter, num_reqs, context, draft_tokens, ranks)
+    verifying = _layers_ms(card, target, num_reqs, rows, context, ranks) + _head_ms(card, target, rows, ranks)
+    return max(verifying + draft_ms(card, drafter, num_reqs, context, draft_tokens, ranks), card.host_ms)
 
 
 def draft_ms(
@@ -85,26 +86,27 @@ def draft_ms(
     num_reqs: int,  # R
     context: float,
     draft_tokens: int,  # K
-    ranks: int = 1,  # that the drafter is dealt out to; 1: a whole one on every rank
+    ranks: int = 1,  # T
+    is_whole: bool = False,  # all layers on every rank; the head, which is the target's, is dealt out
 ) -> float:
     """The drafting of a step; 0 without speculation."""
     if not draft_tokens:
         return 0.0
-    rows, drafted = num_reqs * (1 + draft_tokens), num_reqs * draft_tokens
-    return _forward_ms(card, drafter, num_reqs, rows, drafted, context, ranks)
+    layers = _layers_ms(card, drafter, num_reqs, num_reqs * (1 + draft_tokens), context, 1 if is_whole else ranks)
+    return layers + _head_ms(card, drafter, num_reqs * draft_tokens, ranks)
 
 
-def _forward_ms(
-    card: Card, shape: Shape, num_reqs: int, rows: int, logits_rows: int, context: float, ranks: int
-) -> float:
-    """All layers and the LM head."""
+def _layers_ms(card: Card, shape: Shape, num_reqs: int, rows: int, context: float, ranks: int) -> float:
     products = _products_ms(card, shape.layers * shape.layer_weights, rows) / ranks
-    head = _products_ms(card, shape.head_weights, logits_rows) / ranks
     cached = num_reqs * context * shape.layers * shape.kv_values * _BYTES / ranks
     # Norms and residuals stand on every rank, what lies between a layer's products is dealt out.
     streamed = rows * shape.layers * shape.hidden * card.passes * _BYTES * (1 + 1 / ranks) / 2
     reading = 1e3 * (cached + streamed) / (1e12 * card.stream_tb_s)
-    return products + head + reading + 1e-3 * shape.layers * card.layer_us + _sums_ms(card, shape, rows, ranks)
+    return products + reading + 1e-3 * shape.layers * card.layer_us + _sums_ms(card, shape, rows, ranks)
+
+
+def _head_ms(card: Card, shape: Shape, rows: int, ranks: int) -> float:
+    return _products_ms(card, shape.head_weights, rows) / ranks
 
 
 def _products_ms(card: Card, weights: float, rows: int) -> float:
