@@ -189,6 +189,17 @@ def test_a_tree_needs_the_v2_runner(target: str, drafter: str, monkeypatch: pyte
     assert "VLLM_USE_V2_MODEL_RUNNER=1" in message
 
 
+# Workers that Ray places. vLLM refuses its Ray executor on a CPU when it starts, not here.
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_workers_that_ray_places_get_a_check(target: str, drafter: str, claimed: bool) -> None:
+    arguments = {"speculative_config": {"method": "dflash", "model": drafter}} if claimed else {}
+    config = engine_args(target, distributed_executor_backend="ray", **arguments).create_engine_config()
+    name = "vllm_dflash.compat.workers.extension.CheckedWorker" if claimed else ""
+    assert config.parallel_config.worker_extension_cls == name
+
+
 # The --spec-* flags.
 
 

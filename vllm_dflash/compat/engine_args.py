@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import patching
 from vllm_dflash.compat.metrics.fallbacks import Fallback
-from vllm_dflash.compat.ownership import claim, draft_tree, drafts_here, plan_drafting_slots
+from vllm_dflash.compat.ownership import TreeShape, claim, draft_tree, drafts_here, plan_drafting_slots
+from vllm_dflash.compat.workers.extension import arrange_check
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
 from vllm_dflash.logs import logger
@@ -75,9 +76,17 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
     from vllm.engine.arg_utils import EngineArgs
 
     vllm_config: VllmConfig = patching.original(EngineArgs, "create_engine_config")(self, *args, **kwargs)
-    shape = draft_tree(vllm_config) if drafts_here(vllm_config) else None
-    if shape is None:
+    if not drafts_here(vllm_config):
         return vllm_config
+    arrange_check(vllm_config.parallel_config)
+    shape = draft_tree(vllm_config)
+    if shape is not None:
+        _prepare_for_trees(vllm_config, shape)
+    return vllm_config
+
+
+def _prepare_for_trees(vllm_config: VllmConfig, shape: TreeShape) -> None:
+    """Check that trees can be drafted, and plan for them. Raises ValueError naming the option."""
     if not vllm_config.use_v2_model_runner:
         raise ValueError(
             '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 model runner, but this engine has the V1 runner: '
@@ -91,7 +100,6 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
         if vllm_config.lora_config is not None:
             raise ValueError('--additional-config\'s "dflash": "tree" = "auto" does not go together with --enable-lora')
         _plan_for_load(vllm_config, shape.num_nodes)
-    return vllm_config
 
 
 def _plan_for_load(vllm_config: VllmConfig, num_nodes: int) -> None:

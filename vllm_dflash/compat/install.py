@@ -21,6 +21,7 @@ def install() -> None:
     register_post_import_hook(_speculative, "vllm.config.speculative")
     register_post_import_hook(_runner_v1, "vllm.v1.worker.gpu_model_runner")
     register_post_import_hook(_runner_v2, "vllm.v1.worker.gpu.model_runner")
+    register_post_import_hook(_executor, "vllm.v1.executor.abstract")
     register_post_import_hook(_scheduler, "vllm.v1.core.sched.scheduler")
     register_post_import_hook(_rejection_cpu, "vllm.v1.sample.rejection_sampler")
     register_post_import_hook(_prometheus, "vllm.v1.metrics.loggers")
@@ -60,6 +61,12 @@ def _runner_v2(module: ModuleType) -> None:
 
     select_v2.install(module)
     runners.install_v2(module)
+
+
+def _executor(module: ModuleType) -> None:
+    from vllm_dflash.compat.workers import executor
+
+    executor.install(module)
 
 
 def _scheduler(module: ModuleType) -> None:

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_dflash import __version__
+from vllm_dflash.compat.metrics.fallbacks import Fallback
+
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
-    from vllm_dflash.compat.metrics.fallbacks import Fallback
     from vllm_dflash.config import DFlashConfig
 
-#: Set on the drafter's Hugging Face config, which travels with vLLM's configuration.
+#: Set on the drafter's Hugging Face config, which travels with vLLM's configuration. All are of Python's own types, so
+#: that a process without this package can read that configuration, and say what it lacks. The mark is our version.
 _MARK = "drafted_by_vllm_dflash"
 _VOCABULARY = "vllm_dflash_draft_vocabulary"
 _TREE = "vllm_dflash_draft_tree"
@@ -44,14 +47,14 @@ def claim(
     Also says which of the target's layers to tap, where both of vLLM's runners look first, on every pipeline rank.
     """
     hf_config = speculative.draft_model_config.hf_config
-    setattr(hf_config, _MARK, True)
+    setattr(hf_config, _MARK, __version__)
     setattr(hf_config, _VOCABULARY, None if draft_vocabulary is None else tuple(draft_vocabulary))
     tree = None
     if num_tree_nodes is not None:
         depths = min(num_tree_nodes, config.num_speculative_tokens)
         tree = (num_tree_nodes, depths, min(num_tree_nodes, config.vocab_size), is_auto)
     setattr(hf_config, _TREE, tree)
-    setattr(hf_config, _FALLBACKS, tuple(fallbacks))
+    setattr(hf_config, _FALLBACKS, tuple(fallback.value for fallback in fallbacks))
     hf_config.eagle_aux_hidden_state_layer_ids = config.aux_hidden_state_layer_ids
 
 
@@ -62,9 +65,15 @@ def drafts_here(vllm_config: VllmConfig) -> bool:
 
 def is_ours(speculative: SpeculativeConfig | None) -> bool:
     """The same, of an engine's speculative config."""
+    return claimed_by(speculative) is not None
+
+
+def claimed_by(speculative: SpeculativeConfig | None) -> str | None:
+    """The version of this plugin that has claimed an engine, by its speculative config; None: it is not ours."""
     if speculative is None or speculative.method != "dflash":
-        return False
-    return getattr(speculative.draft_model_config.hf_config, _MARK, False) is True
+        return None
+    mark: str | None = getattr(speculative.draft_model_config.hf_config, _MARK, None)
+    return mark
 
 
 def draft_vocabulary(vllm_config: VllmConfig) -> tuple[int, ...] | None:
@@ -86,8 +95,8 @@ def tree_shape(speculative: SpeculativeConfig) -> TreeShape | None:
 
 def startup_fallbacks(vllm_config: VllmConfig) -> tuple[Fallback, ...]:
     """What an engine of ours does not do although it was asked for, known before it starts."""
-    fallbacks: tuple[Fallback, ...] = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _FALLBACKS)
-    return fallbacks
+    values: tuple[str, ...] = getattr(vllm_config.speculative_config.draft_model_config.hf_config, _FALLBACKS)
+    return tuple(map(Fallback, values))
 
 
 def plan_drafting_slots(vllm_config: VllmConfig, num_slots: int) -> None:
