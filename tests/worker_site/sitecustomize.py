@@ -6,6 +6,7 @@ In that of rank 0 another version of this package is installed, in that of rank 
 
 import importlib.metadata
 import multiprocessing
+import os
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -15,8 +16,8 @@ VERSION_OF_RANK_0 = "0.0.7"
 
 
 def is_rank(rank: int) -> bool:
-    """Whether this process is the worker. Its name is known soon after its interpreter has started."""
-    return multiprocessing.current_process().name == f"VllmWorker-{rank}"
+    """Whether this process is the worker: by name, known soon after the interpreter has started, or by environment."""
+    return multiprocessing.current_process().name == f"VllmWorker-{rank}" or os.environ.get("WORKER_SITE") == str(rank)
 
 
 class NotInstalled(MetaPathFinder):
