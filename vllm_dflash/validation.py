@@ -120,6 +120,23 @@ def pair_problems(config: DFlashConfig, target: TargetFacts) -> Iterator[PairPro
         )
 
 
+def check_split(config: DFlashConfig, num_ranks: int) -> None:
+    """Whether the draft layers can be split over so many tensor-parallel ranks. Raises ValueError with the sizes.
+
+    Key/value heads may also be fewer than ranks: each is then held by several.
+    """
+    kv_heads = config.num_key_value_heads
+    sizes = {"num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
+    uneven = [f"{key} = {size}" for key, size in sizes.items() if size % num_ranks]
+    if kv_heads % num_ranks and num_ranks % kv_heads:
+        uneven.append(f"num_key_value_heads = {kv_heads}")
+    if uneven:
+        raise ValueError(
+            f"{config.source}: {', '.join(uneven)} cannot be split over the {num_ranks} tensor-parallel ranks: "
+            'set --speculative-config\'s "draft_tensor_parallel_size" to 1, so that each holds the whole drafter'
+        )
+
+
 def check_checkpoint(config: DFlashConfig) -> None:
     """Check a local drafter's tensors by their headers, before any engine starts.
 

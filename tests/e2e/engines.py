@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -121,3 +122,24 @@ def held_out_prompts(count: int) -> list[list[int]]:
 def dflash(model: Path = DRAFTER, **extra: Any) -> dict[str, Any]:
     """The speculative config of the tests: only method and model, K by default."""
     return {"speculative_config": {"method": "dflash", "model": str(model), **extra}}
+
+
+def with_idle_head(drafter: Path, folder: Path) -> Path:
+    """A copy of a drafter with one more key/value head and its query heads, of which the output takes nothing."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(drafter, folder)
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    num_kv_heads, num_heads, width = (config[k] for k in ("num_key_value_heads", "num_attention_heads", "head_dim"))
+    group = num_heads // num_kv_heads
+    for name, weight in weights.items():
+        if name.endswith("o_proj.weight"):
+            weights[name] = torch.cat([weight, weight.new_zeros(len(weight), group * width)], dim=1)
+        for part, num_new in (("q_proj", group), ("k_proj", 1), ("v_proj", 1)):
+            if name.endswith(f"{part}.weight"):
+                weights[name] = torch.cat([weight, weight[: num_new * width]])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config |= {"num_key_value_heads": num_kv_heads + 1, "num_attention_heads": num_heads + group}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.engines import TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine, with_idle_head
 
 pytestmark = pytest.mark.engine
 
@@ -95,6 +95,21 @@ def test_tensor_parallel(prompts, reference, tmp_path):
     tp2 = run_engine(tmp_path, llm, [run], VLLM_CPU_OMP_THREADS_BIND="0|1")["tp2"]
     assert drafted(tp2)
     assert_same(tp2.token_ids, reference)
+
+
+@pytest.fixture(scope="module")
+def odd_drafter(tmp_path_factory):
+    """The shipped drafter with a third key/value head, which nothing reads: two ranks cannot share it out."""
+    return with_idle_head(DRAFTER, tmp_path_factory.mktemp("odd") / "drafter")
+
+
+def test_whole_drafter_on_every_rank(prompts, speculative, reference, odd_drafter, tmp_path):
+    """`"draft_tensor_parallel_size": 1`: same texts in the same rounds as on one rank."""
+    run = {"name": "whole", "prompts": prompts, "max_tokens": MAX_TOKENS}
+    llm = BASE | dflash(odd_drafter, draft_tensor_parallel_size=1) | {"tensor_parallel_size": 2}
+    whole = run_engine(tmp_path, llm, [run], VLLM_CPU_OMP_THREADS_BIND="0|1")["whole"]
+    assert_same(whole.token_ids, reference)
+    assert whole.acceptance_length == pytest.approx(speculative["batched"].acceptance_length, rel=0.01)
 
 
 def test_near_max_model_len(prompts, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config, Qwen3MoeConfig
 
-from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine, with_idle_head
 from tests.e2e.oracle import assert_same_rounds, oracle_rounds
 from vllm_dflash.hf import DFlashDraftModel
 
@@ -197,6 +197,16 @@ def test_tensor_parallel(prompts, plain, tmp_path):
     tp2 = run_engine(tmp_path, llm, [run], runner="V2", VLLM_CPU_OMP_THREADS_BIND="0|1")["tp2"]
     assert drafted(tp2)
     assert tp2.token_ids == plain["greedy"].token_ids[:3]
+
+
+def test_whole_drafter_on_every_rank(prompts, plain, tmp_path):
+    """`"draft_tensor_parallel_size": 1`, of a drafter that two ranks could not share out."""
+    run = RUN | {"name": "whole", "prompts": prompts[:3]}
+    llm = BASE | trees() | {"tensor_parallel_size": 2}
+    llm |= dflash(with_idle_head(DRAFTER, tmp_path / "drafter"), draft_tensor_parallel_size=1)
+    whole = run_engine(tmp_path, llm, [run], runner="V2", VLLM_CPU_OMP_THREADS_BIND="0|1")["whole"]
+    assert whole.token_ids == plain["greedy"].token_ids[:3]
+    assert_same_rounds(whole, oracle_rounds(DRAFTER, prompts[:3], MAX_TOKENS, NUM_NODES))
 
 
 def toy_pair(folder, target_config):

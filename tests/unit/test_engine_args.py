@@ -31,6 +31,7 @@ from vllm_dflash.compat import engine_args as engine_args_module
 from vllm_dflash.compat.engine_args import planned_nodes
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.ownership import draft_tree, drafts_here, startup_fallbacks
+from vllm_dflash.compat.refusals import refuse_unsupported
 from vllm_dflash.logs import logger
 
 
@@ -187,6 +188,66 @@ def test_a_tree_needs_the_v2_runner(target: str, drafter: str, monkeypatch: pyte
     message = complaint(target, drafter, additional_config={"dflash": {"tree": 31}})
     assert '"tree" needs' in message
     assert "VLLM_USE_V2_MODEL_RUNNER=1" in message
+
+
+# Parallelism.
+
+
+def parallel(target: str, drafter: str, flags: dict[str, int], **config: Any) -> Any:
+    config = {"method": "dflash", "model": drafter} | config
+    return engine_args(
+        target, distributed_executor_backend="mp", speculative_config=config, **flags
+    ).create_engine_config()
+
+
+def test_no_pipelines(target: str, drafter: str) -> None:
+    with pytest.raises(ValueError, match="does not draft with --pipeline-parallel-size 2 on vLLM's V1 runner"):
+        parallel(target, drafter, {"pipeline_parallel_size": 2})
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+@pytest.mark.parametrize("kind", ["pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"])
+def test_sizes_that_must_be_one(kind: str, runner: str) -> None:
+    sizes = dict.fromkeys(
+        ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"), 1
+    )
+    config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes),
+        speculative_config=SimpleNamespace(draft_sample_method="greedy"),
+        use_v2_model_runner=runner == "V2",
+    )
+    refuse_unsupported(config)
+    setattr(config.parallel_config, f"{kind}_size", 4)
+    with pytest.raises(ValueError) as caught:
+        refuse_unsupported(config)
+    flag = f"--{kind.replace('_', '-')}-size"
+    assert str(caught.value) == f"vllm_dflash does not draft with {flag} 4 on vLLM's {runner} runner: set it to 1"
+
+
+def test_probabilistic_drafts_need_the_v2_runner(target: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert "\"draft_sample_method\" = 'probabilistic' is not supported on vLLM's V1 runner" in complaint(
+        target, drafter, draft_sample_method="probabilistic"
+    )
+
+
+def test_a_drafter_that_cannot_be_split(target: str, tmp_path: Path) -> None:
+    drafter = str(write_drafter(tmp_path, num_attention_heads=6, num_key_value_heads=3))
+    tp2 = {"tensor_parallel_size": 2}
+    with pytest.raises(ValueError, match='num_key_value_heads = 3 .* "draft_tensor_parallel_size" to 1'):
+        parallel(target, drafter, tp2)
+    assert (
+        parallel(target, drafter, tp2, draft_tensor_parallel_size=1).speculative_config.draft_tensor_parallel_size == 1
+    )
+    with pytest.raises(ValueError, match="draft_tensor_parallel_size=3 cannot be other value than 1 or target"):
+        parallel(target, drafter, tp2, draft_tensor_parallel_size=3)
+
+
+def test_compiled_graphs_of_whole_and_of_split_drafters_are_kept_apart(target: str, drafter: str) -> None:
+    """vLLM keeps them by this hash, which would otherwise not tell these apart."""
+    sizes = {"tensor_parallel_size": 2}
+    split, whole = (parallel(target, drafter, sizes, draft_tensor_parallel_size=size) for size in (2, 1))
+    assert split.compute_hash() != whole.compute_hash()
 
 
 # Workers that Ray places. vLLM refuses its Ray executor on a CPU when it starts, not here.

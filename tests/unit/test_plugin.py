@@ -129,7 +129,9 @@ DRAFTER = DFlashConfig.from_dict(drafter_config(), source="drafter")
 
 def engine(method: str) -> Any:
     draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DFlashDraftModel"]))
-    return SimpleNamespace(speculative_config=SimpleNamespace(method=method, draft_model_config=draft))
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method, draft_model_config=draft, draft_tensor_parallel_size=1)
+    )
 
 
 def test_only_claimed_engines_are_ours() -> None:

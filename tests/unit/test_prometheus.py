@@ -53,7 +53,9 @@ def made_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def speculative_config(num_tokens: int = 3, trees: bool = False, ours: bool = True) -> Any:
     draft = SimpleNamespace(hf_config=SimpleNamespace())
-    config: Any = SimpleNamespace(method="dflash", draft_model_config=draft, num_speculative_tokens=num_tokens)
+    config: Any = SimpleNamespace(
+        method="dflash", draft_model_config=draft, draft_tensor_parallel_size=1, num_speculative_tokens=num_tokens
+    )
     if ours:
         drafter = DFlashConfig.from_dict(drafter_config(block_size=4), source="drafter")
         ownership.claim(config, drafter, None, num_tokens if trees else None, is_auto=trees)

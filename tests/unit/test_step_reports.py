@@ -193,7 +193,7 @@ def test_reports_add_up() -> None:
 
 def engine_config(num_tree_nodes: int | None = None, is_auto: bool = False) -> Any:
     draft = SimpleNamespace(hf_config=SimpleNamespace())
-    speculative: Any = SimpleNamespace(method="dflash", draft_model_config=draft)
+    speculative: Any = SimpleNamespace(method="dflash", draft_model_config=draft, draft_tensor_parallel_size=1)
     drafter = DFlashConfig.from_dict(drafter_config(block_size=4), source="drafter")
     ownership.claim(speculative, drafter, None, num_tree_nodes, is_auto)
     return SimpleNamespace(speculative_config=speculative)

@@ -14,6 +14,7 @@ from vllm_dflash.validation import (
     check_checkpoint,
     check_own_tables,
     check_pair,
+    check_split,
     resolve_num_speculative_tokens,
 )
 
@@ -132,6 +133,33 @@ def write(directory: Path, **changes: Any) -> DFlashConfig:
     pytest.importorskip("torch")
     write_tensors(directory, expected_tensors(read))
     return read
+
+
+# Tensor parallelism.
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "num_ranks", "uneven"),
+    [
+        (4, 2, 80, 1, ""),
+        (4, 2, 80, 2, ""),
+        (4, 2, 80, 4, ""),  # a key/value head on two ranks each
+        (6, 3, 80, 2, "num_key_value_heads = 3"),
+        (6, 3, 80, 3, "intermediate_size = 80"),
+        (3, 1, 80, 2, "num_attention_heads = 3"),
+        (6, 6, 80, 4, "num_attention_heads = 6, num_key_value_heads = 6"),
+    ],
+)
+def test_drafters_that_cannot_be_split(heads: int, kv_heads: int, width: int, num_ranks: int, uneven: str) -> None:
+    drafter = config(num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=width)
+    if not uneven:
+        return check_split(drafter, num_ranks)
+    with pytest.raises(ValueError) as caught:
+        check_split(drafter, num_ranks)
+    assert str(caught.value) == (
+        f"/drafters/tiny: {uneven} cannot be split over the {num_ranks} tensor-parallel ranks: set "
+        '--speculative-config\'s "draft_tensor_parallel_size" to 1, so that each holds the whole drafter'
+    )
 
 
 def test_a_whole_checkpoint(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_error_names_the_processes_at_fault_alone() -> None:
 def engine(claimed: bool = True, node_rank: int = 0) -> Any:
     draft = SimpleNamespace(hf_config=SimpleNamespace())
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(method="dflash", draft_model_config=draft),
+        speculative_config=SimpleNamespace(method="dflash", draft_model_config=draft, draft_tensor_parallel_size=1),
         parallel_config=SimpleNamespace(node_rank_within_dp=node_rank),
     )
     if claimed:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_dflash.compat import patching
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.ownership import TreeShape, claim, draft_tree, drafts_here, plan_drafting_slots
+from vllm_dflash.compat.refusals import refuse_unsupported
 from vllm_dflash.compat.workers.extension import arrange_check
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
@@ -24,6 +25,7 @@ from vllm_dflash.validation import (
     check_checkpoint,
     check_limits,
     check_pair,
+    check_split,
     resolve_num_speculative_tokens,
     resolve_num_tree_nodes,
 )
@@ -60,6 +62,9 @@ def create_speculative_config(
     num_speculative_tokens = num_nodes or _resolve_num_speculative_tokens(config, raw, requested)
     check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"))
     check_pair(config, _facts(target_model_config))
+    num_ranks = target_parallel_config.tensor_parallel_size
+    if user.get("draft_tensor_parallel_size") in (None, num_ranks):
+        check_split(config, num_ranks)
     if self.load_format != "dummy":
         check_checkpoint(config)
     if requested != num_speculative_tokens:
@@ -78,6 +83,7 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
     vllm_config: VllmConfig = patching.original(EngineArgs, "create_engine_config")(self, *args, **kwargs)
     if not drafts_here(vllm_config):
         return vllm_config
+    refuse_unsupported(vllm_config)
     arrange_check(vllm_config.parallel_config)
     shape = draft_tree(vllm_config)
     if shape is not None:

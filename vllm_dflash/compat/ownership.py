@@ -21,6 +21,8 @@ _VOCABULARY = "vllm_dflash_draft_vocabulary"
 _TREE = "vllm_dflash_draft_tree"
 _SLOTS = "vllm_dflash_drafting_slots"
 _FALLBACKS = "vllm_dflash_startup_fallbacks"
+#: For vLLM's cache of compiled graphs alone, which knows the drafter's config and not its tensor parallelism.
+_DRAFT_TP = "vllm_dflash_draft_tensor_parallel_size"
 
 
 class TreeShape(NamedTuple):
@@ -55,6 +57,7 @@ def claim(
         tree = (num_tree_nodes, depths, min(num_tree_nodes, config.vocab_size), is_auto)
     setattr(hf_config, _TREE, tree)
     setattr(hf_config, _FALLBACKS, tuple(fallback.value for fallback in fallbacks))
+    setattr(hf_config, _DRAFT_TP, speculative.draft_tensor_parallel_size)
     hf_config.eagle_aux_hidden_state_layer_ids = config.aux_hidden_state_layer_ids
 
 

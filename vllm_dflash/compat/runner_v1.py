@@ -34,7 +34,6 @@ class V1Adapter(SpecDecodeBaseProposer):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
-        _refuse_unsupported(vllm_config)
         super().__init__(vllm_config, device, pass_hidden_states_to_model=True, runner=runner)
         self.runner = runner
         self.supports_mm_inputs = False  # the block's rows are text, whatever the context holds
@@ -133,19 +132,3 @@ class V1Adapter(SpecDecodeBaseProposer):
 
     def _build_attention_metadata(self, block: BlockInputs) -> dict[str, Any]:
         return self.attention.build(block, lambda group, common: group.build_metadata_for_drafting(common, 0))
-
-
-def _refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Options of vLLM's that the V1 adapter cannot honour. Raises ValueError naming the flag."""
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    for flag, size in (
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
-    ):
-        if size > 1:
-            raise ValueError(f"vllm_dflash does not draft with {flag} {size} on vLLM's V1 runner: set it to 1")
-    if speculative.draft_sample_method != "greedy":
-        raise ValueError(
-            f'--speculative-config\'s "draft_sample_method" = {speculative.draft_sample_method!r} is not supported on '
-            'vLLM\'s V1 runner: leave it at "greedy", which is lossless at every temperature'
-        )

@@ -44,7 +44,6 @@ class V2Adapter(DraftModelSpeculator):
     """What the V2 runner takes for its speculator: translates its calls for `DFlashProposer` and back."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        _refuse_unsupported(vllm_config)
         super().__init__(vllm_config, device)
         draft_config = self.draft_model_config
         self.dflash = DFlashConfig.from_pretrained(draft_config.model, draft_config.revision)
@@ -386,15 +385,3 @@ def _schedule_windows_at_run_time(groups: Sequence[AttentionGroup]) -> None:
         builder = group.get_metadata_builder()
         if hasattr(builder, "aot_schedule") and get_kv_cache_spec_sliding_window(builder.kv_cache_spec):
             builder.aot_schedule = False
-
-
-def _refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Options of vLLM's that the V2 adapter cannot honour. Raises ValueError naming the flag."""
-    parallel = vllm_config.parallel_config
-    for flag, size in (
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
-        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
-    ):
-        if size > 1:
-            raise ValueError(f"vllm_dflash does not draft with {flag} {size}: set it to 1")

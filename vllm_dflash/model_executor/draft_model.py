@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.qwen2 import Qwen2MLP
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 from vllm.triton_utils import HAS_TRITON
 
@@ -37,6 +37,15 @@ from vllm_dflash.options import DFlashOptions
 
 #: Token ids [N] -> embeddings [N, H].
 Embed = Callable[[torch.Tensor], torch.Tensor]
+
+
+def is_whole_on_every_rank(vllm_config: VllmConfig) -> bool:
+    """Whether the draft layers are not split by tensor parallelism: `"draft_tensor_parallel_size": 1`.
+
+    Embedding and LM head are the target's, and split as these are, whatever the draft layers do.
+    """
+    draft_size = vllm_config.speculative_config.draft_tensor_parallel_size
+    return draft_size == 1 and vllm_config.parallel_config.tensor_parallel_size > 1
 
 
 class DFlashAttention(nn.Module):
@@ -53,6 +62,7 @@ class DFlashAttention(nn.Module):
         cache_name: str,
     ) -> None:
         super().__init__()
+        is_whole = is_whole_on_every_rank(vllm_config)
         self.causal = rule.causal
         self.head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(
@@ -63,6 +73,7 @@ class DFlashAttention(nn.Module):
             bias=config.attention_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
+            disable_tp=is_whole,
         )
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.o_proj = RowParallelLinear(
@@ -71,6 +82,7 @@ class DFlashAttention(nn.Module):
             bias=config.attention_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
+            disable_tp=is_whole,
         )
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -114,16 +126,22 @@ class DFlashDecoderLayer(nn.Module):
     """A pre-norm Qwen3 layer."""
 
     def __init__(
-        self, config: DFlashConfig, attention: DFlashAttention, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: DFlashConfig,
+        attention: DFlashAttention,
+        vllm_config: VllmConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
     ) -> None:
         super().__init__()
         self.self_attn = attention
-        self.mlp = Qwen2MLP(
+        self.mlp = LlamaMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,
             quant_config=quant_config,
             prefix=f"{prefix}.mlp",
+            disable_tp=is_whole_on_every_rank(vllm_config),
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -166,7 +184,7 @@ class DFlashBackbone(nn.Module):
                 # vLLM orders K/V caches by the number in the name, which must differ from all of the target's.
                 cache_name=maybe_prefix(prefix, f"layers.{num_target_layers + index}.self_attn.attn"),
             )
-            return DFlashDecoderLayer(config, attention, quant_config, prefix=f"layers.{index}")
+            return DFlashDecoderLayer(config, attention, vllm_config, quant_config, prefix=f"layers.{index}")
 
         self.layers = nn.ModuleList(make_layer(index, rule) for index, rule in enumerate(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
