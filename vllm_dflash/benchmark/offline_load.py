@@ -126,6 +126,8 @@ class Load:
 
     def _next_turn(self, one: InFlight) -> Iterator[RequestRecord]:
         """Send a conversation's next turn. A record only if the engine refuses it."""
+        from vllm.exceptions import VLLMClientError
+
         one.messages.append({"role": "user", "content": one.conversation.turns[one.turn]})
         turn = InFlight(one.conversation, one.turn + 1, one.messages, self._now())
         self._num_requests += 1
@@ -134,7 +136,8 @@ class Load:
             token_ids = prompt_ids(self.tokenizer, one.messages, self.job.chat, self.job.thinking)
             turn.prompt_tokens = len(token_ids)
             self.engine.add_request(name, {"prompt_token_ids": token_ids, "cache_salt": self.salt}, self._sampling())
-        except ValueError as error:  # a prompt beyond the model's length, or messages that the template does not take
+        # A prompt beyond the model's length, or messages that the template does not take.
+        except (VLLMClientError, ValueError) as error:
             yield turn.record(self._now(), RequestError("refused", str(error)[:200]))
             return
         self.in_flight[name] = turn

@@ -6,6 +6,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tests.unit.bench.test_templates import Refusing
 from vllm_dflash.benchmark.job import LoadJob
 from vllm_dflash.benchmark.offline_load import InFlight, Load
@@ -24,6 +26,27 @@ def test_what_the_template_refuses_stops_no_other() -> None:
     assert [(record.name, record.turn, record.error.kind if record.error else None) for record in records] == [
         ("a", 1, "refused"),
         ("b", 1, "refused"),
+    ]
+
+
+class Tokens:
+    def apply_chat_template(self, messages: Any, **_: Any) -> list[int]:
+        return [0] * len(messages)
+
+
+@pytest.mark.parametrize("kind", ["VLLMValidationError", "VLLMUnprocessableEntityError"])
+def test_what_the_engine_refuses_stops_no_other(kind: str) -> None:
+    errors = pytest.importorskip("vllm.exceptions")
+
+    def add_request(name: str, prompt: dict[str, Any], sampling: Any) -> None:
+        raise getattr(errors, kind)("longer than the maximum model length")
+
+    running = load(Tokens(), Conversation("a", ("x",)), Conversation("b", ("z",)))
+    running.engine = SimpleNamespace(add_request=add_request)
+    records = list(running.records())
+    assert [(record.name, record.error and record.error.detail) for record in records] == [
+        ("a", "longer than the maximum model length"),
+        ("b", "longer than the maximum model length"),
     ]
 
 
