@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 VLLM, PLUGIN = "vllm:", "vllm_dflash:"
+#: The same on Ray's pages, where the series of a node's replicas stand side by side. The longer one first.
+_RAY = {"ray_vllm_dflash_": PLUGIN, "ray_vllm_": VLLM}
 
 
 class NotVllmError(ValueError):
@@ -97,7 +99,7 @@ def _flat(counters: Counters) -> list[float]:
 
 
 class _Page:
-    """Samples by name."""
+    """Samples by vLLM's names."""
 
     def __init__(self, text: str) -> None:
         from prometheus_client.parser import text_string_to_metric_families
@@ -106,7 +108,7 @@ class _Page:
         try:
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
-                    self.samples[sample.name].append(sample)
+                    self.samples[_vllm_name(sample.name)].append(sample)
         except (ValueError, KeyError) as error:
             raise NotVllmError(f"not Prometheus' text format ({error})") from error
 
@@ -116,8 +118,9 @@ class _Page:
     def most(self, name: str) -> float:
         return float(max((sample.value for sample in self.samples.get(name, ())), default=0.0))
 
-    def labels(self, name: str, label: str) -> list[str]:
-        return sorted({sample.labels.get(label, "") for sample in self.samples.get(name, ())})
+    def labels(self, name: str, *labels: str) -> list[tuple[str, ...]]:
+        found = {tuple(sample.labels.get(label, "") for label in labels) for sample in self.samples.get(name, ())}
+        return sorted(found)
 
     def by(self, name: str, label: str) -> dict[str, float]:
         found: dict[str, float] = defaultdict(float)
@@ -128,6 +131,14 @@ class _Page:
     def by_position(self, name: str) -> tuple[float, ...]:
         found = self.by(name, "position")
         return tuple(found[place] for place in sorted(found, key=int))
+
+
+def _vllm_name(name: str) -> str:
+    """Ray's name of a metric as vLLM has it; any other as it is."""
+    for theirs, ours in _RAY.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def parse(text: str, at: float) -> Snapshot:
@@ -147,8 +158,8 @@ def parse(text: str, at: float) -> Snapshot:
         running=page.sum(running),
         waiting=page.sum(f"{VLLM}num_requests_waiting"),
         kv_usage=page.most(f"{VLLM}kv_cache_usage_perc"),
-        models=tuple(page.labels(running, "model_name")),
-        num_engines=max(1, len(page.labels(running, "engine"))),
+        models=tuple(model for (model,) in page.labels(running, "model_name")),
+        num_engines=max(1, len(page.labels(running, "engine", "ReplicaId"))),
         started=starts[0].value if starts else None,
         has_plugin=has_plugin,
         has_speculation=f"{VLLM}spec_decode_num_drafts_total" in page.samples,

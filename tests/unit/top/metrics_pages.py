@@ -102,6 +102,37 @@ vllm_dflash:tree_budget_nodes{engine="0",model_name="tiny"} 42.0
 vllm_dflash:tree_budget_requests{engine="0",model_name="tiny"} 7.0
 """
 
+#: A Ray node's page: two replicas of one engine each, and one that is gone: of it the counters are left.
+RAY = """\
+# HELP process_start_time_seconds Start time of the process since unix epoch in seconds.
+# TYPE process_start_time_seconds gauge
+process_start_time_seconds 1.7e+09
+# HELP ray_serve_deployment_replica_starts_total The number of times this replica has been started.
+# TYPE ray_serve_deployment_replica_starts_total counter
+ray_serve_deployment_replica_starts_total{application="vllm",deployment="VllmServer",replica="aaaaaaaa"} 1.0
+# HELP ray_vllm_num_requests_running Number of requests in model execution batches.
+# TYPE ray_vllm_num_requests_running gauge
+ray_vllm_num_requests_running{ReplicaId="aaaaaaaa",engine="0",model_name="tiny"} 3.0
+ray_vllm_num_requests_running{ReplicaId="bbbbbbbb",engine="0",model_name="tiny"} 4.0
+# HELP ray_vllm_generation_tokens_total Number of generation tokens processed.
+# TYPE ray_vllm_generation_tokens_total counter
+ray_vllm_generation_tokens_total{ReplicaId="aaaaaaaa",engine="0",model_name="tiny"} 100.0
+ray_vllm_generation_tokens_total{ReplicaId="bbbbbbbb",engine="0",model_name="tiny"} 50.0
+ray_vllm_generation_tokens_total{ReplicaId="cccccccc",engine="0",model_name="tiny"} 25.0
+# HELP ray_vllm_spec_decode_num_drafts_total Number of spec decoding drafts.
+# TYPE ray_vllm_spec_decode_num_drafts_total counter
+ray_vllm_spec_decode_num_drafts_total{ReplicaId="aaaaaaaa",engine="0",model_name="tiny"} 30.0
+ray_vllm_spec_decode_num_drafts_total{ReplicaId="bbbbbbbb",engine="0",model_name="tiny"} 10.0
+# HELP ray_vllm_spec_decode_num_accepted_tokens_total Number of accepted tokens.
+# TYPE ray_vllm_spec_decode_num_accepted_tokens_total counter
+ray_vllm_spec_decode_num_accepted_tokens_total{ReplicaId="aaaaaaaa",engine="0",model_name="tiny"} 20.0
+ray_vllm_spec_decode_num_accepted_tokens_total{ReplicaId="bbbbbbbb",engine="0",model_name="tiny"} 5.0
+# HELP ray_vllm_dflash_spec_decode_num_drafts_total Drafts of which a token was verified.
+# TYPE ray_vllm_dflash_spec_decode_num_drafts_total counter
+ray_vllm_dflash_spec_decode_num_drafts_total{ReplicaId="aaaaaaaa",engine="0",model_name="tiny"} 15.0
+ray_vllm_dflash_spec_decode_num_drafts_total{ReplicaId="bbbbbbbb",engine="0",model_name="tiny"} 5.0
+"""
+
 NOT_VLLM = """\
 # HELP go_goroutines Number of goroutines that currently exist.
 # TYPE go_goroutines gauge

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 import httpx
-from metrics_pages import NOT_VLLM, PLUGIN, VLLM_ONLY, with_values
+from metrics_pages import NOT_VLLM, PLUGIN, RAY, VLLM_ONLY, with_values
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -74,6 +74,14 @@ def test_drafts_of_which_nothing_was_verified_are_none() -> None:
     counters = parse(page + PLUGIN, 0.0).counters
     assert (counters.drafts, counters.acceptance_length) == (40, 1 + 50 / 40)
     assert parse(page, 0.0).counters.drafts == 100
+
+
+def test_rays_page_is_summed_over_replicas() -> None:
+    snapshot = parse(RAY, 0.0)
+    assert (snapshot.models, snapshot.num_engines, snapshot.running) == (("tiny",), 2, 7)
+    assert (snapshot.has_speculation, snapshot.has_plugin) == (True, True)
+    assert snapshot.counters.output_tokens == 175
+    assert snapshot.counters.acceptance_length == 1 + 25 / 20
 
 
 def test_positions_are_ordered_as_numbers() -> None:
