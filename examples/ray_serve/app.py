@@ -39,6 +39,8 @@ class VllmServer:
         self.engine = AsyncLLM.from_vllm_config(
             AsyncEngineArgs.from_cli_args(self.args).create_engine_config(),
             stat_loggers=[RayPrometheusStatLogger],  # to Ray's metrics page, with the replica's id
+            enable_log_requests=self.args.enable_log_requests,
+            disable_log_stats=self.args.disable_log_stats,
         )
 
     async def __serve_build_asgi_app__(self) -> Any:
