@@ -9,26 +9,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.engines import PAIR, TARGET, dflash, held_out_prompts, run_engine
+from tests.e2e.engines import PAIR, dflash, held_out_prompts
+from tests.e2e.on_gpu import NUM_PROMPTS, generate
 from tests.e2e.oracle import assert_same_but_near_ties
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
-
-NUM_PROMPTS, MAX_TOKENS = 32, 128
-BASE = {
-    "model": str(TARGET),
-    "dtype": "bfloat16",
-    "max_model_len": 1024,
-    "max_num_seqs": 40,
-    "enforce_eager": False,
-    "kv_cache_memory_bytes": 2 << 30,
-    "gpu_memory_utilization": 0.2,
-}
-
-
-def generate(folder, **changes):
-    run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
-    return run_engine(folder, BASE | changes, [run], runner="V2 on a GPU")["run"]
 
 
 @pytest.fixture(scope="module")

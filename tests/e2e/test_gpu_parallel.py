@@ -8,21 +8,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.engines import DRAFTER, TARGET, dflash, held_out_prompts, run_engine, with_idle_head
+from tests.e2e.engines import DRAFTER, dflash, held_out_prompts, with_idle_head
+from tests.e2e.on_gpu import NUM_PROMPTS, generate
 from tests.e2e.oracle import assert_same_but_near_ties
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
-
-NUM_PROMPTS, MAX_TOKENS = 32, 128
-BASE = {
-    "model": str(TARGET),
-    "dtype": "bfloat16",
-    "max_model_len": 1024,
-    "max_num_seqs": 40,
-    "enforce_eager": False,
-    "kv_cache_memory_bytes": 2 << 30,
-    "gpu_memory_utilization": 0.2,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,15 +23,9 @@ def two_gpus():
         pytest.skip(f"needs two CUDA devices, found {torch.cuda.device_count()}")
 
 
-def generate(folder, **changes):
-    run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
-    env = {"RAY_USAGE_STATS_ENABLED": "0"}
-    return run_engine(folder, BASE | dflash() | changes, [run], runner="V2 on a GPU", **env)["run"]
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return generate(tmp_path_factory.mktemp("one"))
+    return generate(tmp_path_factory.mktemp("one"), **dflash())
 
 
 def assert_same_text(got, one):
@@ -52,13 +36,14 @@ def assert_same_text(got, one):
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])
 def test_two_are_one(backend, one, tmp_path):
-    assert_same_text(generate(tmp_path, tensor_parallel_size=2, distributed_executor_backend=backend), one)
+    two = generate(tmp_path, **dflash(), tensor_parallel_size=2, distributed_executor_backend=backend)
+    assert_same_text(two, one)
 
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])
 def test_trees(backend, one, tmp_path):
     trees = {"additional_config": {"dflash": {"tree": 31}}, "distributed_executor_backend": backend}
-    treed = generate(tmp_path, tensor_parallel_size=2, **trees)
+    treed = generate(tmp_path, **dflash(), tensor_parallel_size=2, **trees)
     assert_same_but_near_ties(treed.token_ids, one.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
     assert treed.acceptance_length > 1.1 * one.acceptance_length
 

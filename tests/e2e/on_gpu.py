@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The held-out prompts on the shipped pair in bf16, on GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.engines import TARGET, Run, held_out_prompts, run_engine
+
+NUM_PROMPTS, MAX_TOKENS = 32, 128
+BASE = {
+    "model": str(TARGET),
+    "dtype": "bfloat16",
+    "max_model_len": 1024,
+    "max_num_seqs": 40,
+    "enforce_eager": False,
+    "kv_cache_memory_bytes": 2 << 30,
+    "gpu_memory_utilization": 0.2,
+}
+
+
+def generate(folder: Path, **changes: Any) -> Run:
+    """`changes` of BASE, which is without speculation."""
+    run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
+    return run_engine(folder, BASE | changes, [run], runner="V2 on a GPU", RAY_USAGE_STATS_ENABLED="0")["run"]
