@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from arguments import numbers
+
 from vllm_dflash.benchmark.engine_process import run_engine
 from vllm_dflash.benchmark.job import EngineJob, EngineResult
 from vllm_dflash.benchmark.prompts import load_prompts
@@ -48,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pair", type=Path, default=SHIPPED_PAIR, help="folder with target/, drafter/, heldout.jsonl")
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--vocab-sizes", type=lambda text: [int(part) for part in text.split(",")], default=[1024, 512])
+    parser.add_argument("--vocab-sizes", type=numbers, default=[1024, 512])
     parser.add_argument("--vocab-file", type=Path, help="frequency list or corpus; default: the lowest ids")
     parser.add_argument("--dtype", default="float32")
     return parser.parse_args()

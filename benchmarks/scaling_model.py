@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+from arguments import numbers
 from gpu.decode import shape
 from gpu.pair import read_pair
 from scaling.model import H200, Shape, acceptance_rate, draft_ms, step_ms, tokens_of_step
@@ -45,11 +46,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--acceptance", type=float, default=6.0, help="acceptance length of the most --draft-tokens")
     parser.add_argument("--draft-tokens", type=numbers, default=[0, 3, 7, 15])
     return parser.parse_args()
-
-
-def numbers(text: str) -> list[int]:
-    """Of a list like 1,8,32."""
-    return [int(part) for part in text.split(",")]
 
 
 def check_table(measured: Path, target: Shape, drafter: Shape) -> Iterator[str]:

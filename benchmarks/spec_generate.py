@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from arguments import numbers
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -57,9 +58,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=SHIPPED_PAIR, help="folder with target/, drafter/, heldout.jsonl")
-    parser.add_argument("--budgets", type=lambda text: [int(n) for n in text.split(",")], default=[7, 15, 31, 63, 127])
+    parser.add_argument("--budgets", type=numbers, default=[7, 15, 31, 63, 127])
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--other-calibration", type=lambda text: [int(n) for n in text.split(",")], default=[15, 31])
+    parser.add_argument("--other-calibration", type=numbers, default=[15, 31])
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
