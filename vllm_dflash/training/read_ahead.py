@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,10 +25,9 @@ class ReadAhead:
     def __init__(self, read: ReadFeatures, plan: BatchPlan, stride: int, device: torch.device) -> None:
         """stride: from a batch's number to that of the next one here; other ranks have those between."""
         self._read, self._plan, self._stride = read, plan, stride
-        start, given = None, ()
-        if device.type == "cuda":  # pinned memory belongs to a device: in a new thread, to the first one
-            start, given = torch.cuda.set_device, (_index_of(device),)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="features", initializer=start, initargs=given)
+        # Pinned memory belongs to a device: in a new thread, to the first one.
+        start = partial(torch.cuda.set_device, _index_of(device)) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features", initializer=start)
         self._next: tuple[int, Future[Tensor]] | None = None
 
     def take(self, number: int) -> Tensor:
