@@ -9,6 +9,7 @@ from gpu.names import Record
 
 
 def model_runner(llm: Any) -> Any:
+    """Of an engine of one GPU, whose worker is in this process."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
     return getattr(worker, "worker", worker).model_runner
 
@@ -20,17 +21,26 @@ def drafter_of(runner: Any) -> Any:
 
 def engine_facts(llm: Any) -> Record:
     config = llm.llm_engine.vllm_config
-    runner = model_runner(llm)
-    drafter = type(drafter_of(runner)) if drafter_of(runner) is not None else None
-    groups = [group for groups in getattr(runner, "attn_groups", []) for group in groups]
-    return {
+    first, *others = llm.collective_rpc(worker_facts)
+    if any(other != first for other in others):
+        raise RuntimeError(f"the ranks' workers are unlike: {[first, *others]}")
+    return first | {
         "runner": "V2" if config.use_v2_model_runner else "V1",
-        "drafter": f"{drafter.__module__}.{drafter.__qualname__}" if drafter else None,
-        "attention": "+".join(sorted({group.backend.get_name() for group in groups})) or "unknown attention",
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode).split(".")[-1],
         "capture_sizes": config.compilation_config.cudagraph_capture_sizes or [],
         "kv_cache_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+    }
+
+
+def worker_facts(worker: Any) -> Record:
+    """What one rank drafts and attends with."""
+    runner = getattr(worker, "worker", worker).model_runner
+    drafter = type(drafter_of(runner)) if drafter_of(runner) is not None else None
+    groups = [group for groups in getattr(runner, "attn_groups", []) for group in groups]
+    return {
+        "drafter": f"{drafter.__module__}.{drafter.__qualname__}" if drafter else None,
+        "attention": "+".join(sorted({group.backend.get_name() for group in groups})) or "unknown attention",
     }
 
 

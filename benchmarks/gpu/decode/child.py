@@ -13,7 +13,7 @@ from gpu.decode.load import Load, run_load
 from gpu.decode.trace import Trace
 from gpu.decode.tree_record import measured_costs, record_trees
 from gpu.engine_child import start_engine
-from gpu.engine_inside import drafter_of, model_runner, read_counters
+from gpu.engine_inside import read_counters
 from gpu.names import Record
 
 
@@ -53,7 +53,7 @@ def batch_answer(llm: Any, request: Record) -> Record:
 
 def counted(llm: Any, run: Callable[[], Record]) -> Record:
     """What a run gives, and what vLLM counted of its drafts, if there are any."""
-    if drafter_of(model_runner(llm)) is None:
+    if llm.llm_engine.vllm_config.speculative_config is None:
         return run()
     before = read_counters(llm)
     result = run()
