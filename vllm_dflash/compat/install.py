@@ -70,9 +70,11 @@ def _executor(module: ModuleType) -> None:
 
 
 def _scheduler(module: ModuleType) -> None:
+    from vllm_dflash.compat import prefill_cadence
     from vllm_dflash.compat.metrics import scheduler
 
     scheduler.install(module)
+    prefill_cadence.install(module)
 
 
 def _rejection_cpu(module: ModuleType) -> None:

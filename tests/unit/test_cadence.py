@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When prompts are let in, on engines whose steps take what a formula says."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from vllm_dflash.cadence import PrefillCadence, StepModel, StepSeen, best_interval, fitted
+
+
+class Engine:
+    """Steps of `plain_ms`, `reading_ms` more with any prompt and `token_ms` for each of its tokens.
+
+    No step is quite like another. So many prompts of 200 tokens come with each on average.
+    """
+
+    def __init__(self, plain_ms: float, reading_ms: float, token_ms: float, arrivals: int, running: int) -> None:
+        self.plain_ms, self.reading_ms, self.token_ms = plain_ms, reading_ms, token_ms
+        self.arrivals, self.running = arrivals, running
+        self.cadence, self.now, self.waiting = PrefillCadence(), 0.0, 0
+        self.random = random.Random(3)
+        self.admitted: list[int] = []
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.waiting += self.random.randint(0, 2 * self.arrivals)
+            begin = 0 if self.cadence.defers(self.now) else self.waiting
+            self.waiting -= begin
+            self.cadence.note(200 * begin, begin, self.running)
+            ms = self.plain_ms + self.reading_ms * (begin > 0) + 200 * begin * self.token_ms
+            self.now += ms * self.random.uniform(0.8, 1.2) / 1e3
+            self.admitted.append(begin)
+
+
+def test_prompts_wait_where_reading_one_is_dear() -> None:
+    engine = Engine(plain_ms=5.0, reading_ms=10.0, token_ms=0.001, arrivals=6, running=128)
+    engine.run(400)
+    # S = 128 / 6 = 21.3 steps, t = 5 + 6 * 200 * 0.001 = 6.2: (21.3 + (k-1)/2) * (6.2 + 10/k) is least at k = 8.
+    assert engine.cadence.interval in (7, 8)
+    assert 54 <= engine.admitted[-64:].count(0) <= 56
+
+
+def test_prompts_do_not_wait_where_a_step_is_its_rows() -> None:
+    engine = Engine(plain_ms=40.0, reading_ms=0.5, token_ms=0.02, arrivals=2, running=64)
+    engine.run(400)
+    assert engine.cadence.interval == 1
+    assert 10 <= engine.admitted[-160:].count(0) <= 60, "one step of 16 looks what a step without prompts takes"
+
+
+def test_few_requests_begin_at_once() -> None:
+    engine = Engine(plain_ms=5.0, reading_ms=10.0, token_ms=0.0, arrivals=0, running=4)
+    engine.run(400)
+    assert engine.cadence.interval == 1
+
+
+def test_the_load_changes() -> None:
+    engine = Engine(plain_ms=5.0, reading_ms=10.0, token_ms=0.001, arrivals=6, running=128)
+    engine.run(400)
+    engine.reading_ms = 0.1
+    engine.run(400)
+    assert engine.cadence.interval == 1
+
+
+def test_a_pause_is_no_step() -> None:
+    cadence = PrefillCadence()
+    for now in (0.0, 0.005):
+        cadence.defers(now)
+        cadence.note(0, 0, 1)
+    cadence.pause()
+    cadence.defers(100.0)
+    assert [step.ms for step in cadence._steps] == pytest.approx([5.0])
+
+
+def test_a_fit_takes_apart_what_steps_and_those_before_them_cost() -> None:
+    """7 ms, 2 and 3 more where this step and the one before read prompts, 0.01 and 0.02 for each of their tokens."""
+    tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
+    steps = deque(
+        StepSeen(7 + 2 * (now > 0) + 3 * (before > 0) + 0.01 * now + 0.02 * before, now, before)
+        for before, now in zip([0, *tokens], tokens, strict=False)
+    )
+    found = fitted(steps)
+    assert found is not None
+    assert found.reading_ms == pytest.approx(5.0)
+    assert found.step_ms == pytest.approx(7 + 0.03 * 110)  # 1100 tokens in ten steps
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_steps_that_are_all_alike_tell_nothing(tokens: int) -> None:
+    assert fitted(deque([StepSeen(5.0, tokens, tokens)] * 100)) is None
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "reading_ms", "steps", "expected"),
+    [
+        (6.0, 10.0, 20.0, 8),  # (20 + 3.5) * 7.25 = 170 to 20 * 16 = 320; at 7: 23 * 7.43 = 171
+        (20.0, 2.0, 4.0, 1),  # 4 * 22 = 88; at 2: 4.5 * 21 = 94.5
+        (20.0, 0.5, 200.0, 1),  # at 3: 201 * 20.17 = 4053 to 200 * 20.5 = 4100: 1 % is not worth it
+        (10.0, 5.0, 10.0, 3),  # 150; at 2: 131.25, at 3: 128.3, at 4: 129.4
+    ],
+)
+def test_the_interval_that_ends_requests_first(step_ms: float, reading_ms: float, steps: float, expected: int) -> None:
+    assert best_interval(StepModel(step_ms, reading_ms), steps) == expected
