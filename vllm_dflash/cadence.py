@@ -2,12 +2,16 @@
 """Every how many steps prompts are let in, where a step that reads prompts costs more than the prompts' own work.
 
 A step of decodes alone runs as one CUDA graph. One that also reads a prompt runs layer by layer: on a small target the
-host's launches then take longer than the device. Let in together at every k-th step, prompts pay for that once in k
-steps. What it costs them is waiting, (k-1)/2 steps on average. A request of S steps takes
+host's launches then take longer than the device. Prompts that are let in together pay for that once. What it costs them
+is waiting. With k: no prompt is let in for k-1 steps after one was, a request of S steps takes
 
-    (S + (k-1)/2) * (t + a/k)    with t: a step with its share of prompts' tokens, a: more for reading any prompt,
+    (S + w(k)) * (t + a / d(k))   t: a step with its share of prompts' tokens, a: more for reading any prompt
 
-and k is chosen to make this least. t and a come from the steps' own durations. Torch-free.
+    d(k) = k + exp(-n k) / (1 - exp(-n))   steps from prompts to prompts: k, or until a request comes, where none did
+    w(k) = k (k-1) / (2 d(k))              steps that a request waits: those that come within k steps, until these end
+
+where requests come at random, n of them in a step on average. k is chosen to make this least. t and a come from the
+steps' own durations. Torch-free.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy as np
 #: A request must take so much less for prompts to wait at all.
 WORTH = 0.95
 MOST = 8
-_REMEMBERED, _ENOUGH = 128, 48  # steps
+_REMEMBERED, _ENOUGH = 256, 48  # steps
 _DECIDE_STEPS = 32
 #: While prompts are let in at every step, one step of so many without, to see what it takes.
 _PROBE_STEPS = 16
@@ -46,10 +50,13 @@ class StepModel:
 
 
 class PrefillCadence:
-    """Learns from one engine's steps."""
+    """Of one engine: of a given interval, or of what its steps tell."""
 
-    def __init__(self) -> None:
-        self.interval = 1
+    def __init__(self, interval: int | None = None) -> None:
+        self.interval = interval or 1
+        #: What the interval was chosen by, of learned ones.
+        self.model: StepModel | None = None
+        self._is_learned = interval is None
         self._steps: deque[StepSeen] = deque(maxlen=_REMEMBERED)
         self._begun: float | None = None
         self._tokens = self._tokens_before = 0
@@ -62,14 +69,14 @@ class PrefillCadence:
             self._steps.append(StepSeen(1e3 * (now - self._begun), self._tokens, self._tokens_before))
         self._begun = now
         self._number += 1
-        if self._number % _DECIDE_STEPS == 0:
+        if self._is_learned and self._number % _DECIDE_STEPS == 0:
             self._decide()
-        if self.interval == 1:
+        if self._is_learned and self.interval == 1:
             return self._number % _PROBE_STEPS == 0
         return self._since_prompts < self.interval - 1
 
     def note(self, prompt_tokens: int, new_requests: int, running: int) -> None:
-        """What the step holds: tokens of prompts, requests that begin, and that decode."""
+        """What the step holds: tokens of prompts, requests that begin, and that run."""
         self._tokens_before, self._tokens = self._tokens, prompt_tokens
         self._since_prompts = 0 if prompt_tokens else self._since_prompts + 1
         self._new_requests.append((new_requests, running))
@@ -79,12 +86,13 @@ class PrefillCadence:
         self._begun = None
 
     def _decide(self) -> None:
-        model = fitted(self._steps)
+        self.model = fitted(self._steps)
         began, ran = (sum(column) for column in zip(*self._new_requests, strict=True)) if self._new_requests else (0, 0)
-        if model is None or not began:
+        if self.model is None or not began:
             self.interval = 1
             return
-        self.interval = best_interval(model, steps=ran / began)  # Little's law: requests there / requests a step
+        # Little's law: a request takes as many steps as there are requests for each that begins in a step.
+        self.interval = best_interval(self.model, ran / began, began / len(self._new_requests))
 
 
 def fitted(steps: deque[StepSeen]) -> StepModel | None:
@@ -104,9 +112,11 @@ def fitted(steps: deque[StepSeen]) -> StepModel | None:
     return StepModel(max(1e-3, constant + max(0.0, prompts)), max(0.0, now + before))
 
 
-def best_interval(model: StepModel, steps: float) -> int:
-    """k for requests of so many steps."""
+def best_interval(model: StepModel, steps: float, arrivals: float) -> int:
+    """k for requests of so many steps, of which so many begin in a step on average."""
     intervals = np.arange(1, MOST + 1)
-    times = (steps + (intervals - 1) / 2) * (model.step_ms + model.reading_ms / intervals)
+    apart = intervals + np.exp(-arrivals * intervals) / -np.expm1(-arrivals)
+    waiting = intervals * (intervals - 1) / (2 * apart)
+    times = (steps + waiting) * (model.step_ms + model.reading_ms / apart)
     best = int(times.argmin())
     return int(intervals[best]) if times[best] < WORTH * times[0] else 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,19 +30,24 @@ class DFlashOptions:
     draft_vocab_file: str | None = None
     #: Verify a tree of so many candidates instead of a chain; "auto": of as many as pay (docs/trees.md).
     tree: int | str | None = None
+    #: Let prompts in at every so many steps; "auto": of as many as pay. Default: "auto" with "tree": "auto", else 1.
+    prefill_schedule_interval: int | str | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the key and the value."""
         if self.draft_weights not in (None, "fp8"):
             raise ValueError(f'{_FLAG}: "draft_weights" must be "fp8" or absent, found {self.draft_weights!r}')
-        nodes = self.tree
-        is_number = isinstance(nodes, int) and not isinstance(nodes, bool) and 1 <= nodes <= MAX_NODES
-        if nodes not in (None, AUTO) and not is_number:
+        if self.tree not in (None, AUTO) and not _is_count(self.tree, MAX_NODES):
             raise ValueError(
-                f'{_FLAG}: "tree" must be "auto" or a number of nodes from 1 to {MAX_NODES}, found {nodes!r}'
+                f'{_FLAG}: "tree" must be "auto" or a number of nodes from 1 to {MAX_NODES}, found {self.tree!r}'
+            )
+        if self.prefill_schedule_interval not in (None, AUTO) and not _is_count(self.prefill_schedule_interval):
+            raise ValueError(
+                f'{_FLAG}: "prefill_schedule_interval" must be "auto" or a positive integer, '
+                f"found {self.prefill_schedule_interval!r}"
             )
         size = self.draft_vocab_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        if size is not None and not _is_count(size):
             raise ValueError(f'{_FLAG}: "draft_vocab_size" must be a positive integer, found {size!r}')
         if self.draft_vocab_file is None:
             return
@@ -66,3 +72,7 @@ class DFlashOptions:
         if unknown:
             raise ValueError(f"{_FLAG} has unknown key(s) {unknown}; known keys: {sorted(known)}")
         return cls(**options)
+
+
+def _is_count(value: object, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

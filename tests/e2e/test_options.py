@@ -74,6 +74,14 @@ def test_fp8_weights(reference: Run, tmp_path: Path) -> None:
     assert run.acceptance_length > 0.9 * ACCEPTANCE_LENGTH
 
 
+def test_prompts_that_wait(reference: Run, tmp_path: Path) -> None:
+    """They are read in parts, and once the first request decodes, the rest waits for every fourth step."""
+    run = generate(tmp_path, {"prefill_schedule_interval": 4}, {"max_num_batched_tokens": 256, "max_num_seqs": 8})
+    assert run.token_ids == reference.token_ids
+    assert run.acceptance_length == pytest.approx(ACCEPTANCE_LENGTH, rel=0.1)
+    assert run.counters["vllm_dflash:prefill_schedule_interval"] == 4 - 1  # before the run it says 1
+
+
 def test_reduced_vocabulary_on_two_ranks(reference: Run, tmp_path: Path) -> None:
     """The lowest ids. All of them are rows of the first rank's part of the LM head, and half go to the second."""
     options = {"draft_vocab_size": DRAFT_VOCAB_SIZE}

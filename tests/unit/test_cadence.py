@@ -17,7 +17,7 @@ class Engine:
     No step is quite like another. So many prompts of 200 tokens come with each on average.
     """
 
-    def __init__(self, plain_ms: float, reading_ms: float, token_ms: float, arrivals: int, running: int) -> None:
+    def __init__(self, plain_ms: float, reading_ms: float, token_ms: float, arrivals: float, running: int) -> None:
         self.plain_ms, self.reading_ms, self.token_ms = plain_ms, reading_ms, token_ms
         self.arrivals, self.running = arrivals, running
         self.cadence, self.now, self.waiting = PrefillCadence(), 0.0, 0
@@ -26,7 +26,10 @@ class Engine:
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self.waiting += self.random.randint(0, 2 * self.arrivals)
+            many = self.arrivals >= 1
+            self.waiting += (
+                self.random.randint(0, int(2 * self.arrivals)) if many else self.random.random() < self.arrivals
+            )
             begin = 0 if self.cadence.defers(self.now) else self.waiting
             self.waiting -= begin
             self.cadence.note(200 * begin, begin, self.running)
@@ -51,9 +54,19 @@ def test_prompts_do_not_wait_where_a_step_is_its_rows() -> None:
 
 
 def test_few_requests_begin_at_once() -> None:
-    engine = Engine(plain_ms=5.0, reading_ms=10.0, token_ms=0.0, arrivals=0, running=4)
-    engine.run(400)
+    """One comes in 8 steps and takes 32: seldom are there two to read together."""
+    engine = Engine(plain_ms=5.0, reading_ms=10.0, token_ms=0.0, arrivals=1 / 8, running=4)
+    engine.run(2000)
     assert engine.cadence.interval == 1
+    assert engine.admitted.count(0) > 1600, "it had something to decide on"
+
+
+def test_a_given_interval_is_kept() -> None:
+    engine = Engine(plain_ms=5.0, reading_ms=0.0, token_ms=0.0, arrivals=6, running=128)
+    engine.cadence = PrefillCadence(5)
+    engine.run(400)
+    assert engine.cadence.interval == 5
+    assert 79 <= sum(begin > 0 for begin in engine.admitted) <= 81
 
 
 def test_the_load_changes() -> None:
@@ -93,13 +106,21 @@ def test_steps_that_are_all_alike_tell_nothing(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step_ms", "reading_ms", "steps", "expected"),
+    ("step_ms", "reading_ms", "steps", "arrivals", "expected"),
     [
-        (6.0, 10.0, 20.0, 8),  # (20 + 3.5) * 7.25 = 170 to 20 * 16 = 320; at 7: 23 * 7.43 = 171
-        (20.0, 2.0, 4.0, 1),  # 4 * 22 = 88; at 2: 4.5 * 21 = 94.5
-        (20.0, 0.5, 200.0, 1),  # at 3: 201 * 20.17 = 4053 to 200 * 20.5 = 4100: 1 % is not worth it
-        (10.0, 5.0, 10.0, 3),  # 150; at 2: 131.25, at 3: 128.3, at 4: 129.4
+        # Some come in every step, so that d(k) = k.
+        (6.0, 10.0, 20.0, 20.0, 8),  # (20 + 3.5) * 7.25 = 170 to 20 * 16 = 320; at 7: 23 * 7.43 = 171
+        (20.0, 2.0, 4.0, 20.0, 1),  # 4 * 22 = 88; at 2: 4.5 * 21 = 94.5
+        (20.0, 0.5, 200.0, 20.0, 1),  # at 3: 201 * 20.17 = 4053 to 200 * 20.5 = 4100: 1 % is not worth it
+        (10.0, 5.0, 10.0, 20.0, 3),  # 150; at 2: 131.25, at 3: 128.3, at 4: 129.4
+        # One comes in five steps: d(1) = 1 / 0.18127 = 5.52, d(8) = 8 + 0.2019 / 0.18127 = 9.11, w(8) = 3.07.
+        (5.0, 10.0, 35.0, 0.2, 1),  # 35 * 6.81 = 238 to 38.07 * 6.10 = 232: 3 %
+        (5.0, 40.0, 35.0, 0.2, 8),  # 35 * 12.25 = 429 to 38.07 * 9.39 = 357; at 7: d = 8.36, w = 2.51: 367
+        # One in a step: d(1) = 1 / 0.63212 = 1.58, and 35 * 11.3 = 396 to 38.5 * 6.25 = 241.
+        (5.0, 10.0, 35.0, 1.0, 8),
     ],
 )
-def test_the_interval_that_ends_requests_first(step_ms: float, reading_ms: float, steps: float, expected: int) -> None:
-    assert best_interval(StepModel(step_ms, reading_ms), steps) == expected
+def test_the_interval_that_ends_requests_first(
+    step_ms: float, reading_ms: float, steps: float, arrivals: float, expected: int
+) -> None:
+    assert best_interval(StepModel(step_ms, reading_ms), steps, arrivals) == expected

@@ -209,12 +209,19 @@ def test_no_pipelines(target: str, drafter: str) -> None:
 @pytest.mark.parametrize("kind", ["pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"])
 def test_sizes_that_must_be_one(kind: str, runner: str) -> None:
     sizes = dict.fromkeys(
-        ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"), 1
+        (
+            "pipeline_parallel_size",
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+            "data_parallel_size",
+        ),
+        1,
     )
     config: Any = SimpleNamespace(
         parallel_config=SimpleNamespace(**sizes),
         speculative_config=SimpleNamespace(draft_sample_method="greedy"),
         use_v2_model_runner=runner == "V2",
+        additional_config={},
     )
     refuse_unsupported(config)
     setattr(config.parallel_config, f"{kind}_size", 4)
@@ -222,6 +229,18 @@ def test_sizes_that_must_be_one(kind: str, runner: str) -> None:
         refuse_unsupported(config)
     flag = f"--{kind.replace('_', '-')}-size"
     assert str(caught.value) == f"vllm_dflash does not draft with {flag} 4 on vLLM's {runner} runner: set it to 1"
+
+
+def test_an_interval_of_prompts_is_for_one_engine(target: str, drafter: str) -> None:
+    """Data parallel ranks must let them in at the same steps."""
+    config = {"speculative_config": {"method": "dflash", "model": drafter}, "data_parallel_size": 2}
+    for interval in (4, "auto"):
+        with pytest.raises(ValueError, match="take vLLM's own --prefill-schedule-interval") as caught:
+            options = {"dflash": {"prefill_schedule_interval": interval}}
+            engine_args(target, additional_config=options, **config).create_engine_config()
+        assert f'"prefill_schedule_interval" = {interval!r} does not go together with --data-parallel-size 2' in str(
+            caught.value
+        )
 
 
 def test_probabilistic_drafts_need_the_v2_runner(target: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:

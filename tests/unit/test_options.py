@@ -51,7 +51,8 @@ def test_each_option_stands_alone(options: dict[str, Any]) -> None:
 def test_unknown_options_are_all_named() -> None:
     message = complaint(nope=1, budget_=2)
     assert f"{FLAG} has unknown key(s) ['budget_', 'nope']" in message
-    assert "['draft_vocab_file', 'draft_vocab_size', 'draft_weights', 'tree']" in message
+    known = "['draft_vocab_file', 'draft_vocab_size', 'draft_weights', 'prefill_schedule_interval', 'tree']"
+    assert known in message
 
 
 def test_an_unknown_option_is_not_hidden_by_a_known_one() -> None:
@@ -125,3 +126,17 @@ def test_a_tree_of_as_many_nodes_as_pay() -> None:
 def test_a_tree_of_what(nodes: Any) -> None:
     found = f'{FLAG}: "tree" must be "auto" or a number of nodes from 1 to 127, found {nodes!r}'
     assert found in complaint(tree=nodes)
+
+
+# When prompts are let in.
+
+
+@pytest.mark.parametrize("interval", [1, 8, "auto"])
+def test_prompts_at_every_so_many_steps(interval: Any) -> None:
+    assert parse(prefill_schedule_interval=interval).prefill_schedule_interval == interval
+
+
+@pytest.mark.parametrize("interval", [0, -2, True, 2.0, "8", "never", []])
+def test_prompts_at_every_how_many_steps(interval: Any) -> None:
+    message = complaint(prefill_schedule_interval=interval)
+    assert f'"prefill_schedule_interval" must be "auto" or a positive integer, found {interval!r}' in message

@@ -116,6 +116,14 @@ def test_times_and_fallbacks(made_by: Any) -> None:
     assert value("vllm_dflash:tree_budget_nodes") is None
 
 
+def test_the_interval_of_prompts(made_by: Any) -> None:
+    prom = made_by(speculative_config())
+    assert value("vllm_dflash:prefill_schedule_interval") == 1
+    for report in (StepReport(prefill_schedule_interval=6), StepReport()):
+        prom.observe(stats_of(3, [(3, 0)], report))
+        assert value("vllm_dflash:prefill_schedule_interval") == 6
+
+
 def test_trees_that_follow_the_load(made_by: Any) -> None:
     """Six nodes, three depths."""
     prom = made_by(speculative_config(6, trees=True))

@@ -23,7 +23,8 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from tests.helpers import drafter_config
-from vllm_dflash.compat import ownership, patching
+from vllm_dflash.cadence import PrefillCadence
+from vllm_dflash.compat import ownership, patching, prefill_cadence
 from vllm_dflash.compat.metrics import runners, scheduler, wire
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.metrics.report import BudgetInForce, StepReport, StepTimes
@@ -163,8 +164,8 @@ def test_vllm_still_has_the_names() -> None:
 
 def test_a_report_as_integers() -> None:
     report = StepReport(StepTimes(1500, 320), BudgetInForce(24, 4), None, Counter({Fallback.DOES_NOT_PAY: 3}))
-    assert wire.encode(report) == [1500, 320, 24, 4, 0, 0, 0, 0, 3, 0, 0]
-    assert wire.encode(StepReport()) == [-1, -1, -1, -1] + [0] * NUM_REASONS
+    assert wire.encode(report) == [1500, 320, 24, 4, -1, 0, 0, 0, 0, 3, 0, 0]
+    assert wire.encode(StepReport(prefill_schedule_interval=6)) == [-1, -1, -1, -1, 6] + [0] * NUM_REASONS
     assert wire.decode([]) is None
 
 
@@ -172,20 +173,24 @@ def test_a_report_as_integers() -> None:
     times=st.none() | st.builds(StepTimes, st.integers(0, 10**9), st.integers(0, 10**9)),
     budget=st.none() | st.builds(BudgetInForce, st.integers(0, 4096), st.integers(0, 512)),
     counts=st.dictionaries(st.sampled_from(list(Fallback)), st.integers(1, 10**6)),
+    interval=st.none() | st.integers(1, 64),
 )
-def test_there_and_back(times: Any, budget: Any, counts: dict[Fallback, int]) -> None:
+def test_there_and_back(times: Any, budget: Any, counts: dict[Fallback, int], interval: int | None) -> None:
     """Through vLLM's own encoding of its statistics."""
+    report = StepReport(times, budget, None, Counter(counts), interval)
     stats = SpecDecodingStats.new(3)
-    stats.num_draft_tokens_per_pos += wire.encode(StepReport(times, budget, None, Counter(counts)))
+    stats.num_draft_tokens_per_pos += wire.encode(report)
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(stats), type=SpecDecodingStats)
-    assert wire.decode(sent.num_draft_tokens_per_pos[3:]) == StepReport(times, budget, None, Counter(counts))
+    assert wire.decode(sent.num_draft_tokens_per_pos[3:]) == report
 
 
 def test_reports_add_up() -> None:
-    first = StepReport(StepTimes(9, 9), BudgetInForce(3, 1), 1.5, Counter({Fallback.NO_GRAPH: 1}))
+    first = StepReport(StepTimes(9, 9), BudgetInForce(3, 1), 1.5, Counter({Fallback.NO_GRAPH: 1}), 4)
     first.add(StepReport(None, BudgetInForce(8, 2), None, Counter({Fallback.NO_GRAPH: 1, Fallback.CHAIN_SAMPLING: 2})))
     counts = Counter({Fallback.NO_GRAPH: 2, Fallback.CHAIN_SAMPLING: 2})
-    assert first == StepReport(StepTimes(9, 9), BudgetInForce(8, 2), 1.5, counts)
+    assert first == StepReport(StepTimes(9, 9), BudgetInForce(8, 2), 1.5, counts, 4)
+    first.add(StepReport(prefill_schedule_interval=7))
+    assert first.prefill_schedule_interval == 7
 
 
 # The scheduler.
@@ -236,8 +241,18 @@ def test_drafts_by_position_of_chains_that_vllm_cut() -> None:
     made = scheduler_of(engine_config(), [stats])
     made.update_from_output(plan({"a": 4, "b": 2}), reported(StepReport(times=StepTimes(7, 5))))
     assert stats.spec_decoding_stats is not None
-    assert stats.spec_decoding_stats.num_draft_tokens_per_pos == [3, 2, 1, 1, 7, 5, -1, -1] + [0] * NUM_REASONS
+    assert stats.spec_decoding_stats.num_draft_tokens_per_pos == [3, 2, 1, 1, 7, 5, -1, -1, -1] + [0] * NUM_REASONS
     assert stats.spec_decoding_stats.num_accepted_tokens_per_pos == [2, 2, 0, 0]
+
+
+def test_the_schedulers_own_word() -> None:
+    """At every how many steps it lets prompts in."""
+    stats = stats_of(2, (2, 1))
+    made = scheduler_of(engine_config(), [stats])
+    setattr(made, prefill_cadence._STATE, PrefillCadence(5))
+    made.update_from_output(plan({"a": 2}), reported(StepReport()))
+    assert stats.spec_decoding_stats is not None
+    assert stats.spec_decoding_stats.num_draft_tokens_per_pos[2:] == [-1, -1, -1, -1, 5] + [0] * NUM_REASONS
 
 
 @pytest.mark.parametrize(
@@ -267,7 +282,7 @@ def test_what_steps_without_drafts_report_waits() -> None:
     for _ in range(3):
         made.update_from_output(plan({}), reported(StepReport(fallbacks=Counter({Fallback.DOES_NOT_PAY: 1}))))
     assert last.spec_decoding_stats is not None
-    assert last.spec_decoding_stats.num_draft_tokens_per_pos == [1, 1, -1, -1, -1, -1, 0, 0, 0, 0, 3, 0, 0]
+    assert last.spec_decoding_stats.num_draft_tokens_per_pos == [1, 1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 3, 0, 0]
 
 
 def test_other_engines_and_switched_off_statistics_are_left_alone() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_dflash.options import DFlashOptions
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -21,6 +23,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     ):
         if size > 1:
             raise ValueError(f"vllm_dflash does not draft with {flag} {size} on vLLM's {runner} runner: set it to 1")
+    options = DFlashOptions.from_additional_config(vllm_config.additional_config)
+    if parallel.data_parallel_size > 1 and options.prefill_schedule_interval not in (None, 1):
+        raise ValueError(
+            f'--additional-config\'s "dflash": "prefill_schedule_interval" = {options.prefill_schedule_interval!r} '
+            f"does not go together with --data-parallel-size {parallel.data_parallel_size}, whose ranks must agree: "
+            "take vLLM's own --prefill-schedule-interval"
+        )
     if runner == "V1" and speculative.draft_sample_method != "greedy":
         raise ValueError(
             f'--speculative-config\'s "draft_sample_method" = {speculative.draft_sample_method!r} is not supported on '

@@ -69,7 +69,10 @@ def _load(snapshot: Snapshot, lately: Lately) -> Panel:
         "KV cache", Text(f"{_percent(snapshot.kv_usage)} in use"),
         "preempted", Text(f"{now.preemptions:.0f} now, {total.preemptions:.0f} in all"),
     )  # fmt: skip
-    grid.add_row("prefix cache", Text(f"{_percent(now.hit_rate)} hits now, {_percent(total.hit_rate)} in all"), "", "")
+    interval = snapshot.prefill_interval
+    let_in = ("let in", f"every {interval:.0f} steps") if interval > 1 else ("", "")
+    hits = Text(f"{_percent(now.hit_rate)} hits now, {_percent(total.hit_rate)} in all")
+    grid.add_row("prefix cache", hits, *let_in)
     return Panel(grid, title=f"Load (now: {lately.seconds:.0f} s)", title_align="left")
 
 

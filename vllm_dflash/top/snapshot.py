@@ -78,6 +78,7 @@ class Snapshot:
     started: float | None  # the server's start in Unix time
     has_plugin: bool  # and a DFlash drafter of its own
     has_speculation: bool
+    prefill_interval: float = 1.0  # prompts are let in at every so many steps, the largest of the engines'
     budget: tuple[float, float] | None = None  # nodes and requests of the last step, with "tree": "auto"
 
 
@@ -163,6 +164,7 @@ def parse(text: str, at: float) -> Snapshot:
         started=starts[0].value if starts else None,
         has_plugin=has_plugin,
         has_speculation=f"{VLLM}spec_decode_num_drafts_total" in page.samples,
+        prefill_interval=max(1.0, page.most(f"{PLUGIN}prefill_schedule_interval")),
         budget=_budget(page),
     )
 

@@ -114,9 +114,10 @@ class Families:
             histogram, "verify_time_seconds", "From a verifying step's start to its drafting.", buckets=_BUCKETS
         )
         self.draft = make(histogram, "draft_time_seconds", "Drafting in a verifying step.", buckets=_BUCKETS)
+        recent: dict[str, Any] = {"multiprocess_mode": "mostrecent"}
+        self.interval = make(gauge, "prefill_schedule_interval", "Prompts are let in at every so many steps.", **recent)
         self.budget: tuple[Any, ...] = ()
         if is_auto:
-            recent: dict[str, Any] = {"multiprocess_mode": "mostrecent"}
             self.budget = (
                 make(gauge, "tree_budget_nodes", "Nodes that the last step verified, of all requests.", **recent),
                 make(gauge, "tree_budget_nodes_per_request", "The same a request.", **recent),
@@ -134,6 +135,8 @@ class EngineMetrics:
         self._accepted = [families.accepted.labels(*labels, position) for position in positions]
         self._fallbacks = {reason: families.fallbacks.labels(*labels, reason.value) for reason in Fallback}
         self._verify, self._draft = families.verify.labels(*labels), families.draft.labels(*labels)
+        self._interval = families.interval.labels(*labels)
+        self._interval.set(1)
         self._budget = [gauge.labels(*labels) for gauge in families.budget]
 
     def observe(self, stats: Any) -> None:
@@ -154,6 +157,8 @@ class EngineMetrics:
         if report.times is not None:
             self._verify.observe(report.times.verify_us / 1e6)
             self._draft.observe(report.times.draft_us / 1e6)
+        if report.prefill_schedule_interval is not None:
+            self._interval.set(report.prefill_schedule_interval)
         if report.budget is not None and self._budget:
             nodes, requests = report.budget
             for gauge, value in zip(

@@ -33,6 +33,8 @@ class StepReport:
     #: acceptance length at which a step with drafts yields as many tokens a second as one without; None: not known
     break_even: float | None = None
     fallbacks: Counter[Fallback] = field(default_factory=Counter)
+    #: Prompts are let in at every so many steps; the scheduler's word. None: vLLM paces them
+    prefill_schedule_interval: int | None = None
 
     def add(self, later: StepReport) -> None:
         """What the next step says on top: its numbers instead of ours, its counts and ours together."""
@@ -40,3 +42,4 @@ class StepReport:
         self.budget = later.budget or self.budget
         self.break_even = later.break_even or self.break_even
         self.fallbacks += later.fallbacks
+        self.prefill_schedule_interval = later.prefill_schedule_interval or self.prefill_schedule_interval

@@ -18,18 +18,21 @@ _REASONS = list(Fallback)
 
 
 def encode(report: StepReport) -> list[int]:
-    """As integers: times, budget, and how often each fall-back, in the order in which they are defined."""
+    """As integers: times, budget, prompts' interval, and how often each fall-back, in the order in which they are
+    defined."""
     times, budget = report.times or (_ABSENT, _ABSENT), report.budget or (_ABSENT, _ABSENT)
-    return [*times, *budget, *(report.fallbacks[reason] for reason in _REASONS)]
+    interval = report.prefill_schedule_interval or _ABSENT
+    return [*times, *budget, interval, *(report.fallbacks[reason] for reason in _REASONS)]
 
 
 def decode(numbers: Sequence[int]) -> StepReport | None:
     """The report that these are; None where there are none."""
     if not numbers:
         return None
-    verify_us, draft_us, num_nodes, num_reqs, *counts = numbers
+    verify_us, draft_us, num_nodes, num_reqs, interval, *counts = numbers
     return StepReport(
         times=None if verify_us == _ABSENT else StepTimes(verify_us, draft_us),
         budget=None if num_nodes == _ABSENT else BudgetInForce(num_nodes, num_reqs),
         fallbacks=Counter({reason: n for reason, n in zip(_REASONS, counts, strict=True) if n}),
+        prefill_schedule_interval=None if interval == _ABSENT else interval,
     )

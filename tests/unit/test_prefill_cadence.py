@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When vLLM's own scheduler lets prompts in, in an engine that this plugin drafts for. No engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.helpers import target_config, write_config, write_drafter
+from vllm_dflash.compat import prefill_cadence
+from vllm_dflash.logs import logger
+
+BLOCK_SIZE, PROMPT = 16, 40
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("pair")
+    return str(write_config(folder / "target", target_config())), str(write_drafter(folder / "drafter"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Seconds; a step takes what a test adds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(prefill_cadence.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def scheduler_of(pair: tuple[str, str], speculates: bool = True, **options: Any) -> Scheduler:
+    target, drafter = pair
+    drafting: dict[str, Any] = {"speculative_config": {"method": "dflash", "model": drafter}} if speculates else {}
+    vllm_config = EngineArgs(
+        model=target, skip_tokenizer_init=True, dtype="float32", max_model_len=128, max_num_seqs=8,
+        additional_config={"dflash": options}, enable_prefix_caching=False, **drafting,
+    ).create_engine_config()  # fmt: skip
+    vllm_config.cache_config.num_gpu_blocks = 1000
+    layers = FullAttentionSpec(BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    cache = KVCacheConfig(1000, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layers)])
+    return Scheduler(vllm_config, cache, StructuredOutputManager(vllm_config), BLOCK_SIZE)
+
+
+def ask(scheduler: Scheduler, name: str, length: int = 100) -> None:
+    sampling = SamplingParams(max_tokens=length, ignore_eos=True)
+    scheduler.add_request(Request(name, list(range(PROMPT)), sampling, None))
+
+
+def step(scheduler: Scheduler) -> list[str]:
+    """One step, in which each request gets a token; the requests whose prompts it reads."""
+    plan = scheduler.schedule()
+    names = list(plan.num_scheduled_tokens)
+    if names:
+        index = {name: place for place, name in enumerate(names)}
+        scheduler.update_from_output(plan, ModelRunnerOutput(names, index, sampled_token_ids=[[1]] * len(names)))
+    return [new.req_id for new in plan.scheduled_new_reqs]
+
+
+def steps(scheduler: Scheduler, names: Iterator[str], number: int) -> list[int]:
+    """So many steps, before each of which a request comes: how many begin in each."""
+    begun = []
+    for _ in range(number):
+        ask(scheduler, next(names), length=6)
+        begun.append(len(step(scheduler)))
+    return begun
+
+
+def names() -> Iterator[str]:
+    return (f"request {number}" for number in range(10_000))
+
+
+def test_prompts_wait_for_every_third_step(pair: tuple[str, str]) -> None:
+    scheduler = scheduler_of(pair, prefill_schedule_interval=3)
+    assert steps(scheduler, names(), 10) == [1, 0, 0, 3, 0, 0, 3, 0, 0, 3]
+
+
+def test_vllm_lets_prompts_in_at_once(pair: tuple[str, str]) -> None:
+    for scheduler in (scheduler_of(pair), scheduler_of(pair, prefill_schedule_interval=1)):
+        assert steps(scheduler, names(), 5) == [1] * 5
+        assert prefill_cadence.prefill_cadence(scheduler) is None
+
+
+def test_an_engine_without_drafts_is_left_alone(pair: tuple[str, str]) -> None:
+    assert steps(scheduler_of(pair, speculates=False, prefill_schedule_interval=3), names(), 5) == [1] * 5
+
+
+def test_nothing_waits_where_nothing_decodes(pair: tuple[str, str]) -> None:
+    scheduler = scheduler_of(pair, prefill_schedule_interval=50)
+    for name in ("first", "second"):
+        ask(scheduler, name, length=1)
+        assert step(scheduler) == [name]
+
+
+def test_vllms_own_word_counts_too(pair: tuple[str, str]) -> None:
+    scheduler = scheduler_of(pair, prefill_schedule_interval=2)
+    ask(scheduler, "first")
+    step(scheduler)
+    step(scheduler)
+    ask(scheduler, "second")
+    assert not scheduler.schedule(throttle_prefills=True).scheduled_new_reqs
+    assert [new.req_id for new in scheduler.schedule(throttle_prefills=False).scheduled_new_reqs] == ["second"]
+
+
+def test_dear_prompts_are_let_in_together(
+    pair: tuple[str, str], clock: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes each step and takes six: with 2 ms a step and 20 more for reading, every eighth step is best."""
+    monkeypatch.setattr(logger, "propagate", True)
+    scheduler, coming = scheduler_of(pair, prefill_schedule_interval="auto"), names()
+    for _ in range(300):
+        ask(scheduler, next(coming), length=6)
+        clock.now += 2e-3 + 20e-3 * bool(step(scheduler))
+    cadence = prefill_cadence.prefill_cadence(scheduler)
+    assert cadence is not None and cadence.interval > 4
+    told = [record.getMessage() for record in caplog.records if "prompts are let in" in record.getMessage()]
+    assert told and "20.0 ms longer" in told[0]
+    begun = steps(scheduler, coming, 40)
+    assert 40 / 8 - 1 <= len(list(filter(None, begun))) <= 40 / 4 + 1
+
+
+def test_trees_that_follow_the_load_learn_the_interval(pair: tuple[str, str]) -> None:
+    shapes = {
+        "auto": SimpleNamespace(is_auto=True), "fixed": SimpleNamespace(is_auto=False), "chain": None
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        scheduler = scheduler_of(pair)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prefill_cadence, "draft_tree", lambda _, shape=shape: shape)
+            assert (prefill_cadence.cadence_of(scheduler.vllm_config) is not None) == (name == "auto")
+
+
+def test_data_parallel_ranks_are_vllms_to_pace(pair: tuple[str, str]) -> None:
+    config = scheduler_of(pair, prefill_schedule_interval=4).vllm_config
+    assert prefill_cadence.cadence_of(config) is not None
+    config.parallel_config.data_parallel_size = 2
+    assert prefill_cadence.cadence_of(config) is None
