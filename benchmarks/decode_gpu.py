@@ -86,7 +86,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--arrivals", type=float, default=0.0, metavar="SECONDS",
         help="instead of batches, in each turn so many seconds of requests that come and go; --requests are the users",
     )  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--temperature", type=parse_temperatures, default=(0.0,), metavar="0,1", help="each at all points"
+    )
     parser.add_argument("--acceptance", type=float, default=6.0, help="synthetic acceptance length, without --real")
     parser.add_argument("--shared-from", type=int, default=2048, help="prompts this long share all but their end")
     parser.add_argument("--capture-all", action="store_true", help="CUDA graphs at every step size, for none and own")
@@ -119,6 +121,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
+
+
+def parse_temperatures(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 def parse_engines(text: str) -> tuple[str, ...]:
@@ -164,18 +170,18 @@ class Benchmark:
 
     def _measure_points(self, engines: dict[str, Engine]) -> None:
         """Point by point; none is started that would probably not end within --time-limit."""
-        points = [(context, count) for context in self.args.contexts for count in self.args.requests]
+        points = list(itertools.product(self.args.contexts, self.args.requests, self.args.temperature))
         longest = 0.0
-        for index, (context, count) in enumerate(points):
+        for index, point in enumerate(points):
             begun = time.monotonic()
             if begun - self.started + longest > self.args.time_limit:
                 say(f"--time-limit: {len(points) - index} points are left out")
                 break
-            self.points.append(self._measure(engines, index, context, count))
+            self.points.append(self._measure(engines, index, *point))
             self.save()
             longest = max(longest, time.monotonic() - begun)
 
-    def _measure(self, engines: dict[str, Engine], index: int, context: int, count: int) -> Record:
+    def _measure(self, engines: dict[str, Engine], index: int, context: int, count: int, temperature: float) -> Record:
         """Warm-up and all rounds of one point. The engines take turns in every order, so that none always follows one
         that heats the card."""
         for name, engine in engines.items():
@@ -188,16 +194,17 @@ class Benchmark:
             if number >= self.args.rounds and time.monotonic() - begun > self.args.point_seconds:
                 break
             if self.args.arrivals:
-                request = self.workload.load(context, count, turn=number)
+                request = self.workload.load(context, count, temperature, turn=number)
             else:
                 prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
-                request = self.workload.request(prompts)
+                request = self.workload.request(prompts, temperature)
             answers = {name: self._turn(engines[name], request) for name in order}
             outputs.append({name: answer.pop("token_ids", []) for name, answer in answers.items()})
             rounds.append({name: answers[name] for name in engines})
-            say(f"context {context}, {count} requests, round {number + 1}: {round_line(rounds[-1])}")
-        point: Record = {"context": context, "requests": count, "rounds": rounds}
-        comparable = self.args.real and self.args.temperature == 0 and not self.args.arrivals
+            at = f"context {context}, {count} requests, temperature {temperature:g}"
+            say(f"{at}, round {number + 1}: {round_line(rounds[-1])}")
+        point: Record = {"context": context, "requests": count, "temperature": temperature, "rounds": rounds}
+        comparable = self.args.real and temperature == 0 and not self.args.arrivals
         return point | (compared(point, outputs) if comparable else {})
 
     def _turn(self, engine: Engine, request: Record) -> Record:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 from gpu.decode.prompts import TAIL
@@ -17,10 +18,10 @@ def markdown(workload: Workload, result: Record) -> str:
     names = list(args.engines)
     lines = heading(workload, result)
     lines += [engine_line(name, result["engines"][name]) for name in names if name in result["engines"]]
-    for context in args.contexts:
-        points = [point for point in result["points"] if point["context"] == context]
+    for at in itertools.product(args.contexts, args.temperature):
+        points = [point for point in result["points"] if (point["context"], point["temperature"]) == at]
         if points:
-            lines += ["", *context_table(workload, names, context, points)]
+            lines += ["", *table(workload, names, points)]
     if result["draft_graphs"]:
         lines += ["", *draft_graph_table(result["draft_graphs"])]
     for profile in result["profiles"]:
@@ -33,12 +34,13 @@ def heading(workload: Workload, result: Record) -> list[str]:
     kind = "real acceptance" if args.real else f"acceptance length fixed at {args.acceptance}"
     if args.arrivals:
         kind += f", requests that come and go for {args.arrivals:g} s a turn"
+    temperatures = " and ".join(f"{temperature:g}" for temperature in args.temperature)
     model = f"The pair in `{args.pair}`" if args.pair else "Qwen3-8B's shape, a 5-layer drafter, random weights"
     return [
         f"# Decode steps on {result['hardware']}",
         "",
         f"{result['date']}, {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
-        f"{model}, K = {workload.k}, {kind}, temperature {args.temperature:g}, {args.output_tokens} tokens out; "
+        f"{model}, K = {workload.k}, {kind}, temperature {temperatures}, {args.output_tokens} tokens out; "
         "engines in turn, in changing order; "
         f"{args.rounds} rounds and more for {args.point_seconds:g} s at each point.",
         "",
@@ -55,8 +57,9 @@ def engine_line(name: str, facts: Record) -> str:
     return f"- {label(name)}: {facts['runner']} runner, {facts['attention']}, {graphs}{drafter}; {start}"
 
 
-def context_table(workload: Workload, names: list[str], context: int, points: list[Record]) -> list[str]:
-    """One markdown table: a row for each number of requests."""
+def table(workload: Workload, names: list[str], points: list[Record]) -> list[str]:
+    """In markdown, of one context and temperature: a row for each number of requests."""
+    context, temperature = points[0]["context"], points[0]["temperature"]
     shared = f" All but the last {TAIL} tokens of the prompts are shared, through the prefix cache."
     ratio = {OWN, OURS} <= set(names)
     heads = ["requests", *(f"{label(name)}: ms/step, tokens/s" for name in names)]
@@ -64,7 +67,8 @@ def context_table(workload: Workload, names: list[str], context: int, points: li
     heads += [f"{label(name)} to no speculation" for name in names if name != NONE and NONE in names]
     heads += ["acceptance length", "differing outputs"] if workload.args.real else []
     heads += ["SM clock, MHz"] if clocked(points) else []
-    lines = [f"**{context} tokens in.**{shared if workload.shares(context) else ''} Medians over the rounds.", ""]
+    at = f", temperature {temperature:g}" if len(workload.args.temperature) > 1 else ""
+    lines = [f"**{context} tokens in{at}.**{shared if workload.shares(context) else ''} Medians over the rounds.", ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "--:|" * len(heads)]
     lines += ["| " + " | ".join(point_cells(workload, names, point)) + " |" for point in points]
     note = ["", "`*`: too few steps with all requests running, so steps of the end are in it."]

@@ -66,18 +66,20 @@ class Workload:
     def shares(self, context: int) -> bool:
         return not self.args.real and context >= self.args.shared_from
 
-    def request(self, prompts: list[list[int]]) -> Record:
-        sampling = {"max_tokens": self.args.output_tokens, "temperature": self.args.temperature}
+    def request(self, prompts: list[list[int]], temperature: float | None = None) -> Record:
+        """A batch of prompts; by default at the first temperature."""
+        first = self.args.temperature[0]
+        sampling = {"max_tokens": self.args.output_tokens, "temperature": first if temperature is None else temperature}
         return {"prompts": prompts, "counters": self.args.real} | sampling
 
-    def load(self, context: int, users: int, turn: int) -> Record:
+    def load(self, context: int, users: int, temperature: float, turn: int) -> Record:
         """Requests that come and go, the same for all engines of a turn: some hundred prompts, asked in turn."""
         load = {
             "users": users,
             "seconds": self.args.arrivals,
             "shortest": max(1, self.args.output_tokens // 4),
             "longest": self.args.output_tokens,
-            "temperature": self.args.temperature,
+            "temperature": temperature,
             "seed": turn,
         }
         return {"prompts": self.prompts(context, max(256, users), seed=turn, turn=turn), "load": load}
