@@ -102,8 +102,9 @@ def run(args: argparse.Namespace) -> None:
             raise CommandError(f"{flag}: {taken[0]} is set by this script itself; see --help")
     pair = resolve_pair(args.target, args.drafter)
     args.target, args.drafter = (str(Path(m).resolve()) if Path(m).is_dir() else m for m in pair)
-    shards = cut(read_rows(args.input), args.rows_per_shard)
-    with claimed(args.output, args.input, {name: getattr(args, name) for name in SETTINGS}):
+    rows = read_rows(args.input)
+    shards = cut(rows, args.rows_per_shard)
+    with claimed(args.output, rows, {name: getattr(args, name) for name in SETTINGS}):
         todo = missing(args.output, shards)
         print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", flush=True)
         if todo:

@@ -51,13 +51,13 @@ def cut(rows: list[Row], size: int) -> dict[str, list[Row]]:
 
 
 @contextlib.contextmanager
-def claimed(output: Path, source: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+def claimed(output: Path, rows: list[Row], settings: Mapping[str, Any]) -> Iterator[None]:
     """The folder is this job's, and no other run is at work there. `settings`: what the answers depend on, JSON-ready.
 
     Raises ValueError naming the folder if it holds answers to another input or of other settings.
     """
     output.mkdir(parents=True, exist_ok=True)
-    job = {"input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(), **settings}
+    job = {"rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(), **settings}
     with (output / ".lock").open("w") as lock:  # the system gives it back, however this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -99,7 +99,7 @@ def test_a_bad_option_is_named(tmp_path: Path, arguments: list[str], told: str) 
 
 
 def claim(shards: ModuleType, output: Path, source: Path, **settings: Any) -> Any:
-    return shards.claimed(output, source, {"max_tokens": 8, "sampling": {"top_p": 1.0}} | settings)
+    return shards.claimed(output, shards.read_rows(source), {"max_tokens": 8, "sampling": {"top_p": 1.0}} | settings)
 
 
 def test_a_folder_of_another_job_is_refused(shards: ModuleType, tmp_path: Path) -> None:
@@ -113,8 +113,10 @@ def test_a_folder_of_another_job_is_refused(shards: ModuleType, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"sampling.top_p was 1.0 there and is 0.9 now"):
         claim(shards, output, source, sampling={"top_p": 0.9}).__enter__()
     other = write(tmp_path / "b.jsonl", {"prompt": "y"})
-    with pytest.raises(ValueError, match=r"input_sha256 was '\w+' there and is '\w+' now. Choose another --output"):
+    with pytest.raises(ValueError, match=r"rows_sha256 was '\w+' there and is '\w+' now. Choose another --output"):
         claim(shards, output, other).__enter__()
+    with claim(shards, output, write(tmp_path / "c.jsonl", {"text": "x"})):  # the same rows
+        pass
 
 
 def test_settings_may_be_put_right_while_nothing_is_answered(shards: ModuleType, tmp_path: Path) -> None:
