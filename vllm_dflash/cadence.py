@@ -82,7 +82,7 @@ class PrefillCadence:
         self._new_requests.append((new_requests, running))
 
     def pause(self) -> None:
-        """Nothing is left to do."""
+        """The time until the next step is none of the last one's."""
         self._begun = None
 
     def _decide(self) -> None:

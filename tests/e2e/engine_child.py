@@ -4,9 +4,10 @@
     python engine_child.py JOB.json RESULT.json
 
 The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens": of
-all or of each, "temperature", "concurrent": bool, "sampling": [more SamplingParams of each]}]}. The result: per run the
-token ids, their log-probabilities where `sampling` asks for them, and step by step how many tokens each request gained;
-and vLLM's and the plugin's counters over the whole run.
+all or of each, "temperature", "concurrent": bool, "arrivals": [the step before which each comes], "sampling": [more
+SamplingParams of each]}]}. The result: per run the token ids, their log-probabilities where `sampling` asks for them,
+step by step how many tokens each request gained, and in which step it began to; and vLLM's and the plugin's counters
+over the whole run.
 """
 
 from __future__ import annotations
@@ -31,49 +32,55 @@ def main(job_file: str, result_file: str) -> None:
 def generate(llm: Any, run: dict[str, Any]) -> dict[str, Any]:
     before = counters(llm)
     groups = [run["prompts"]] if run.get("concurrent", True) else [[prompt] for prompt in run["prompts"]]
-    token_ids: list[list[int]] = []
-    step_lengths: list[list[int]] = []
-    logprobs: list[list[float]] = []
-    for group in groups:
-        ids, steps, probs = drive(llm.llm_engine, group, run)
-        token_ids += ids
-        logprobs += probs
-        step_lengths += steps
+    parts = [drive(llm.llm_engine, group, run) for group in groups]
     after = counters(llm)
     counted = {name: after[name] - before.get(name, 0) for name in after}
-    return {"token_ids": token_ids, "step_lengths": step_lengths, "counters": counted, "logprobs": logprobs}
+    return {key: [of for part in parts for of in part[key]] for key in parts[0]} | {"counters": counted}
 
 
-def drive(
-    engine: Any, prompts: list[list[int]], run: dict[str, Any]
-) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
-    """All prompts at once through the engine, step by step."""
+def drive(engine: Any, prompts: list[list[int]], run: dict[str, Any]) -> dict[str, list[Any]]:
+    """All prompts through the engine, step by step; at once, unless the run says when they come."""
+    names = [f"{run['name']}-{index}" for index in range(len(prompts))]
+    arrivals = run.get("arrivals", [0] * len(prompts))
+    coming = list(zip(arrivals, names, prompts, sampling_params(run, len(prompts)), strict=True))
+    token_ids: dict[str, list[int]] = {name: [] for name in names}
+    steps: dict[str, list[int]] = {name: [] for name in names}
+    logprobs: dict[str, list[float]] = {name: [] for name in names}
+    first_steps: dict[str, int] = {}
+    number = 0
+    while coming or engine.has_unfinished_requests():
+        while coming and coming[0][0] <= number:
+            _, name, prompt, params = coming.pop(0)
+            engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        number += 1
+        for output in engine.step():
+            name, ids = output.request_id.split("|")[0], list(output.outputs[0].token_ids)
+            first_steps.setdefault(name, number)
+            steps[name].append(len(ids) - len(token_ids[name]))
+            token_ids[name] = ids
+            places = output.outputs[0].logprobs or []
+            logprobs[name] = [of_place[token].logprob for token, of_place in zip(ids, places, strict=False)]
+    found = {"token_ids": token_ids, "step_lengths": steps, "logprobs": logprobs, "first_steps": first_steps}
+    return {key: [of_name[name] for name in names] for key, of_name in found.items()}
+
+
+def sampling_params(run: dict[str, Any], number: int) -> list[Any]:
+    """Of so many prompts that run together."""
     from vllm import SamplingParams
 
-    names = [f"{run['name']}-{index}" for index in range(len(prompts))]
-    lengths = run["max_tokens"] if isinstance(run["max_tokens"], list) else [run["max_tokens"]] * len(prompts)
-    sampling = run.get("sampling", [{}] * len(prompts))
-    for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-        params = SamplingParams(
+    lengths = run["max_tokens"] if isinstance(run["max_tokens"], list) else [run["max_tokens"]] * number
+    more = run.get("sampling", [{}] * number)
+    return [
+        SamplingParams(
             temperature=run.get("temperature", 0.0),
             max_tokens=lengths[index],
             ignore_eos=True,
             detokenize=False,
             **({"seed": run["seed"] + index} if "seed" in run else {}),
-            **more_sampling(sampling[index]),
+            **more_sampling(more[index]),
         )
-        engine.add_request(name, {"prompt_token_ids": prompt}, params)
-    token_ids: dict[str, list[int]] = {name: [] for name in names}
-    steps: dict[str, list[int]] = {name: [] for name in names}
-    logprobs: dict[str, list[float]] = {name: [] for name in names}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            name, ids = output.request_id.split("|")[0], list(output.outputs[0].token_ids)
-            steps[name].append(len(ids) - len(token_ids[name]))
-            token_ids[name] = ids
-            found = output.outputs[0].logprobs or []
-            logprobs[name] = [of_place[token].logprob for token, of_place in zip(ids, found, strict=False)]
-    return [token_ids[name] for name in names], [steps[name] for name in names], [logprobs[name] for name in names]
+        for index in range(number)
+    ]
 
 
 def more_sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Run:
     step_lengths: list[list[int]]
     counters: dict[str, float]
     logprobs: list[list[float]]  # of a request that asked for them
+    first_steps: list[int]  # in which each request's first token came, counted from 1
 
     @property
     def acceptance_length(self) -> float:

@@ -34,10 +34,12 @@ def generate(
     options: dict[str, Any] | None,
     llm: dict[str, Any] | None = None,
     drafter: Path = DRAFTER,
+    arrivals: list[int] | None = None,
     **environment: str,
 ) -> Run:
     """One engine, all prompts at once; without options, vLLM without speculation."""
     run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
+    run |= {} if arrivals is None else {"arrivals": arrivals}
     drafting = {} if options is None else dflash(drafter) | {"additional_config": {"dflash": options}}
     return run_engine(folder, BASE | drafting | (llm or {}), [run], **environment)["run"]
 
@@ -75,8 +77,9 @@ def test_fp8_weights(reference: Run, tmp_path: Path) -> None:
 
 
 def test_prompts_that_wait(reference: Run, tmp_path: Path) -> None:
-    """They are read in parts, and once the first request decodes, the rest waits for every fourth step."""
-    run = generate(tmp_path, {"prefill_schedule_interval": 4}, {"max_num_batched_tokens": 256, "max_num_seqs": 8})
+    """One comes before each step. After the first all have to wait for the fifth step, or the ninth."""
+    run = generate(tmp_path, {"prefill_schedule_interval": 4}, arrivals=[0, 1, 2, 3, 4, 5])
+    assert run.first_steps == [1, 5, 5, 5, 5, 9]
     assert run.token_ids == reference.token_ids
     assert run.acceptance_length == pytest.approx(ACCEPTANCE_LENGTH, rel=0.1)
     assert run.counters["vllm_dflash:prefill_schedule_interval"] == 4 - 1  # before the run it says 1

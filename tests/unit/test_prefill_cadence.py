@@ -59,13 +59,20 @@ def ask(scheduler: Scheduler, name: str, length: int = 100) -> None:
 
 
 def step(scheduler: Scheduler) -> list[str]:
-    """One step, in which each request gets a token; the requests whose prompts it reads."""
+    """One step, in which each request gets a token; the requests that it begins."""
+    known = set(scheduler.requests) - {request.request_id for request in scheduler.waiting}
+    return [name for name in read(scheduler) if name not in known]
+
+
+def read(scheduler: Scheduler) -> dict[str, int]:
+    """One step: how many tokens of each request are in it. Each gets one once its prompt has been read."""
     plan = scheduler.schedule()
     names = list(plan.num_scheduled_tokens)
     if names:
         index = {name: place for place, name in enumerate(names)}
-        scheduler.update_from_output(plan, ModelRunnerOutput(names, index, sampled_token_ids=[[1]] * len(names)))
-    return [new.req_id for new in plan.scheduled_new_reqs]
+        said = [[] if scheduler.requests[name].is_prefill_chunk else [1] for name in names]
+        scheduler.update_from_output(plan, ModelRunnerOutput(names, index, sampled_token_ids=said))
+    return dict(plan.num_scheduled_tokens)
 
 
 def steps(scheduler: Scheduler, names: Iterator[str], number: int) -> list[int]:
@@ -103,6 +110,17 @@ def test_nothing_waits_where_nothing_decodes(pair: tuple[str, str]) -> None:
         assert step(scheduler) == [name]
 
 
+def test_a_prompt_that_is_begun_is_read_to_its_end(pair: tuple[str, str]) -> None:
+    """Of 40 tokens, of which a step has room for 11 beside the request that decodes."""
+    scheduler = scheduler_of(pair, prefill_schedule_interval=3)
+    scheduler.max_num_scheduled_tokens = 12
+    ask(scheduler, "first")
+    assert [read(scheduler)["first"] for _ in range(5)] == [12, 12, 12, 4, 1]
+    ask(scheduler, "second")
+    parts = [read(scheduler).get("second", 0) for _ in range(7)]
+    assert parts == [0, 11, 11, 11, 7, 1, 1]
+
+
 def test_vllms_own_word_counts_too(pair: tuple[str, str]) -> None:
     scheduler = scheduler_of(pair, prefill_schedule_interval=2)
     ask(scheduler, "first")
@@ -128,6 +146,19 @@ def test_dear_prompts_are_let_in_together(
     assert told and "20.0 ms longer" in told[0]
     begun = steps(scheduler, coming, 40)
     assert 40 / 8 - 1 <= len(list(filter(None, begun))) <= 40 / 4 + 1
+
+
+def test_an_idle_engine_is_no_long_step(pair: tuple[str, str], clock: Any) -> None:
+    scheduler = scheduler_of(pair, prefill_schedule_interval="auto")
+    for name in ("first", "second", "third"):
+        clock.now += 100.0
+        ask(scheduler, name, length=3)
+        while scheduler.has_requests():
+            step(scheduler)
+            clock.now += 2e-3
+    cadence = prefill_cadence.prefill_cadence(scheduler)
+    assert cadence is not None
+    assert [seen.ms for seen in cadence._steps] == pytest.approx([2.0] * 6)  # all but the last of each
 
 
 def test_trees_that_follow_the_load_learn_the_interval(pair: tuple[str, str]) -> None:

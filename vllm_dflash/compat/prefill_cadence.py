@@ -39,13 +39,17 @@ def install(scheduler: ModuleType) -> None:
         cadence = prefill_cadence(self)
         if cadence is None:
             return plan(self, throttle_prefills)
+        if not self.running:  # since then nobody may have asked for anything
+            cadence.pause()
         is_first = cadence.interval == 1
-        output = plan(self, throttle_prefills or cadence.defers(time.perf_counter()))
+        defers = cadence.defers(time.perf_counter())
+        is_begun = any(request.is_prefill_chunk for request in self.running)  # it is read to its end at once
+        output = plan(self, throttle_prefills or (defers and not is_begun))
         if is_first and cadence.interval > 1:
             _tell(self, cadence)
         if output.total_num_scheduled_tokens:
             cadence.note(prompt_tokens(output), len(output.scheduled_new_reqs), len(output.num_scheduled_tokens))
-        else:
+        else:  # nothing to do, for as long as it takes
             cadence.pause()
         return output
 
