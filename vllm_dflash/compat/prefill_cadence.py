@@ -87,7 +87,7 @@ def _tell(scheduler: Any, cadence: PrefillCadence) -> None:
     tell = logger.debug if scheduler.__dict__.setdefault(_TOLD, False) else logger.info
     setattr(scheduler, _TOLD, True)
     tell(
-        "vllm_dflash: prompts are let in at every %d. step: reading any makes a step of %.1f ms %.1f ms longer "
+        "vllm_dflash: prompts are let in every %d steps: reading any makes a step of %.1f ms %.1f ms longer "
         '("prefill_schedule_interval": 1 leaves this to vLLM)',
         cadence.interval, cadence.model.step_ms, cadence.model.reading_ms,
     )  # fmt: skip
