@@ -100,7 +100,7 @@ def test_trees_of_prompts_in_pieces(treed, tmp_path):
     assert pieces.acceptance_length == pytest.approx(treed.acceptance_length, rel=0.02)
 
 
-def test_trees_that_follow_the_load(treed, plain, tmp_path):
+def test_trees_that_follow_the_load(plain, tmp_path):
     """Requests of other numbers of nodes, which the device shares out, in graphs for any of them."""
     auto = generate(tmp_path, **dflash(), additional_config={"dflash": {"tree": "auto"}})
     assert_same_but_near_ties(auto.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
