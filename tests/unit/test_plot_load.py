@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of requests that come and go, of ratios worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def rates(**tokens_s: float) -> dict[str, Any]:
+    return {name: {"tokens_s": value} for name, value in tokens_s.items()}
+
+
+POINTS: list[dict[str, Any]] = [
+    {"requests": 32, "temperature": 0.0, "rounds": [rates(none=10, own=15)]},
+    # 3.0, 1.5 and 4.0, whose median is not that of the medians, 300 / 80.
+    {
+        "requests": 8,
+        "temperature": 0.0,
+        "rounds": [rates(none=100, own=300), rates(none=80, own=120), rates(none=80, own=320)],
+    },
+    {"requests": 8, "temperature": 1.0, "rounds": [rates(none=100, own=50)]},
+]
+
+
+@pytest.fixture
+def plot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return __import__("plot_load")
+
+
+def test_ratios_are_those_of_rounds(plot: ModuleType) -> None:
+    assert plot.speed_ups(POINTS[:2], "own") == [(8, 3.0, 1.5, 4.0), (32, 1.5, 1.5, 1.5)]
+
+
+def test_a_panel_for_each_temperature(plot: ModuleType) -> None:
+    pytest.importorskip("matplotlib")
+    first, second = plot.picture(POINTS, ["own"]).axes
+    assert [panel.get_title(loc="left") for panel in (first, second)] == ["temperature 0", "temperature 1"]
+    assert list(first.lines[1].get_ydata()) == [3.0, 1.5]
+    assert list(second.lines[1].get_ydata()) == [0.5]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    results = folder / "load.json"
+    results.write_text(json.dumps({"points": POINTS}))
+    command = [sys.executable, str(BENCHMARKS / "plot_load.py"), str(results), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_same_results_are_the_same_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / folder / "load.svg" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        done = run(tmp_path, "--engines", "own", "--output", str(file))
+        assert done.returncode == 0, done.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_engine_that_was_not_measured(tmp_path: Path) -> None:
+    done = run(tmp_path, "--engines", "own,tree:31")
+    assert done.returncode != 0
+    assert "load.json: there is no engine 'tree:31' in all of its points" in done.stderr
