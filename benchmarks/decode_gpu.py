@@ -47,7 +47,7 @@ from gpu.decode.trace import profile_table
 from gpu.decode.workload import Workload
 from gpu.engine_process import Engine, EngineError, environment, started_engines
 from gpu.machine import on_cuda, run_facts
-from gpu.names import ENGINES, NONE, OURS, OWN, Record, check, is_ours
+from gpu.names import ENGINES, NONE, OURS, OWN, Record, is_ours, parse_engines
 from gpu.output import say
 
 from vllm_dflash.files import write_whole
@@ -125,16 +125,6 @@ def parse_numbers(text: str) -> tuple[int, ...]:
 
 def parse_temperatures(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
-
-
-def parse_engines(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        try:
-            check(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return names
 
 
 class Benchmark:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu.names import NONE, Record, check, label
+from gpu.names import NONE, Record, label, parse_engines
 
 COLOURS = ("#8a8f98", "#3b6fb6", "#b9772a", "#1a8f5f", "#8e4fa8", "#c0392b")
 
@@ -42,19 +42,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what decode_gpu.py --save wrote, with the engine none among others")
-    parser.add_argument("--engines", type=engines, default=("own", "ours", "tree:auto"), metavar="own,ours,tree:auto")
+    parser.add_argument(
+        "--engines", type=parse_engines, default=("own", "ours", "tree:auto"), metavar="own,ours,tree:auto"
+    )
     parser.add_argument("--output", type=Path, default=Path("load.svg"), help=".svg or .png")
     return parser.parse_args()
-
-
-def engines(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        try:
-            check(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return names
 
 
 def speed_ups(points: Sequence[Record], engine: str) -> list[SpeedUp]:

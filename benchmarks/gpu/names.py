@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 NONE, OWN, OURS = ENGINES = ("none", "own", "ours")
@@ -48,3 +49,14 @@ def check(name: str) -> None:
         raise ValueError(f'{name!r}: a tree has a number of nodes, or "auto": tree:31')
     if base(name) != TREE and number is not None and not (base(name) in (OWN, OURS) and number.isdigit()):
         raise ValueError(f"{name!r}: behind the colon stands a number of draft tokens: own:7")
+
+
+def parse_engines(text: str) -> tuple[str, ...]:
+    """Names of a command line's list, like none,own,tree:31. Raises ArgumentTypeError."""
+    names = tuple(text.split(","))
+    for name in names:
+        try:
+            check(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names

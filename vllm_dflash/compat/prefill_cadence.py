@@ -42,9 +42,9 @@ def install(scheduler: ModuleType) -> None:
         if not self.running:  # since then nobody may have asked for anything
             cadence.pause()
         is_first = cadence.interval == 1
-        defers = cadence.defers(time.perf_counter())
-        is_begun = any(request.is_prefill_chunk for request in self.running)  # it is read to its end at once
-        output = plan(self, throttle_prefills or (defers and not is_begun))
+        # A prompt that has been begun is read to its end at once.
+        waits = cadence.defers(time.perf_counter()) and not any(request.is_prefill_chunk for request in self.running)
+        output = plan(self, throttle_prefills or waits)
         if is_first and cadence.interval > 1:
             _tell(self, cadence)
         if output.total_num_scheduled_tokens:
