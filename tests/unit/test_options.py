@@ -128,7 +128,7 @@ def test_a_tree_of_what(nodes: Any) -> None:
     assert found in complaint(tree=nodes)
 
 
-# When prompts are let in.
+# When prompts are admitted.
 
 
 @pytest.mark.parametrize("interval", [1, 8, "auto"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When vLLM's own scheduler lets prompts in, in an engine that this plugin drafts for. No engine starts."""
+"""When vLLM's own scheduler admits prompts, in an engine that this plugin drafts for. No engine starts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -40,7 +41,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return clock
 
 
-def scheduler_of(pair: tuple[str, str], speculates: bool = True, **options: Any) -> Scheduler:
+def scheduler_of(
+    pair: tuple[str, str], speculates: bool = True, kind: type[Scheduler] = Scheduler, **options: Any
+) -> Scheduler:
     target, drafter = pair
     drafting: dict[str, Any] = {"speculative_config": {"method": "dflash", "model": drafter}} if speculates else {}
     vllm_config = EngineArgs(
@@ -50,12 +53,12 @@ def scheduler_of(pair: tuple[str, str], speculates: bool = True, **options: Any)
     vllm_config.cache_config.num_gpu_blocks = 1000
     layers = FullAttentionSpec(BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cache = KVCacheConfig(1000, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layers)])
-    return Scheduler(vllm_config, cache, StructuredOutputManager(vllm_config), BLOCK_SIZE)
+    return kind(vllm_config, cache, StructuredOutputManager(vllm_config), BLOCK_SIZE)
 
 
-def ask(scheduler: Scheduler, name: str, length: int = 100) -> None:
+def ask(scheduler: Scheduler, name: str, length: int = 100, prompt: int = PROMPT) -> None:
     sampling = SamplingParams(max_tokens=length, ignore_eos=True)
-    scheduler.add_request(Request(name, list(range(PROMPT)), sampling, None))
+    scheduler.add_request(Request(name, list(range(prompt)), sampling, None))
 
 
 def step(scheduler: Scheduler) -> list[str]:
@@ -110,6 +113,52 @@ def test_nothing_waits_where_nothing_decodes(pair: tuple[str, str]) -> None:
         assert step(scheduler) == [name]
 
 
+def test_nothing_waits_for_a_request_that_only_ends(pair: tuple[str, str]) -> None:
+    """Asynchronous scheduling plans a step while the last one, the first request's, is under way."""
+    scheduler = scheduler_of(pair, kind=AsyncScheduler, prefill_schedule_interval=50)
+    ask(scheduler, "first", length=1)
+    assert scheduler.schedule().num_scheduled_tokens == {"first": PROMPT}
+    ask(scheduler, "second", length=1)
+    assert [request.request_id for request in scheduler.running] == ["first"]
+    assert scheduler.schedule().num_scheduled_tokens == {"second": PROMPT}
+
+
+def test_prompts_wait_while_another_request_goes_on(pair: tuple[str, str]) -> None:
+    scheduler = scheduler_of(pair, kind=AsyncScheduler, prefill_schedule_interval=50)
+    ask(scheduler, "first", length=1)
+    ask(scheduler, "other", length=9)
+    assert scheduler.schedule().num_scheduled_tokens == {"first": PROMPT, "other": PROMPT}
+    ask(scheduler, "second", length=1)
+    assert set(scheduler.schedule().num_scheduled_tokens) == {"other"}
+
+
+def test_more_than_can_be_admitted_do_not_wait(pair: tuple[str, str]) -> None:
+    """And the interval in force says so."""
+    scheduler = scheduler_of(pair, prefill_schedule_interval=50)
+    for number in range(9):  # of which eight run at once
+        ask(scheduler, f"request {number}", length=2 + number)
+    assert len(step(scheduler)) == 8
+    assert prefill_cadence.interval_in_force(scheduler) == 1
+    scheduler.prefill_capacity_bound = False
+    assert prefill_cadence.interval_in_force(scheduler) == 50
+    scheduler.prefill_capacity_bound = True
+    assert [step(scheduler) for _ in range(2)] == [[], ["request 8"]]
+
+
+def test_what_a_step_holds(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of one token, or of which all but one are cached, is a step like any other's."""
+    scheduler = scheduler_of(pair, prefill_schedule_interval="auto")
+    ask(scheduler, "first")
+    step(scheduler)
+    noted: list[tuple[int, ...]] = []
+    monkeypatch.setattr(prefill_cadence.prefill_cadence(scheduler), "note", lambda *said: noted.append(said))
+    ask(scheduler, "short", prompt=1)
+    ask(scheduler, "second")
+    assert step(scheduler) == ["short", "second"]
+    # Tokens of prompts, prompts begun, requests begun, and all.
+    assert noted == [(PROMPT, 1, 2, 3)]
+
+
 def test_a_prompt_that_is_begun_is_read_to_its_end(pair: tuple[str, str]) -> None:
     """Of 40 tokens, of which a step has room for 11 beside the request that decodes."""
     scheduler = scheduler_of(pair, prefill_schedule_interval=3)
@@ -142,7 +191,7 @@ def test_dear_prompts_are_let_in_together(
         clock.now += 2e-3 + 20e-3 * bool(step(scheduler))
     cadence = prefill_cadence.prefill_cadence(scheduler)
     assert cadence is not None and cadence.interval > 4
-    told = [record.getMessage() for record in caplog.records if "prompts are let in" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "prompts are admitted" in record.getMessage()]
     assert told and "20.0 ms longer" in told[0]
     begun = steps(scheduler, coming, 40)
     assert 40 / 8 - 1 <= len(list(filter(None, begun))) <= 40 / 4 + 1
@@ -159,6 +208,18 @@ def test_an_idle_engine_is_no_long_step(pair: tuple[str, str], clock: Any) -> No
     cadence = prefill_cadence.prefill_cadence(scheduler)
     assert cadence is not None
     assert [seen.ms for seen in cadence._steps] == pytest.approx([2.0] * 6)  # all but the last of each
+
+
+def test_a_step_without_work_is_none(pair: tuple[str, str], clock: Any) -> None:
+    """All that runs has been scheduled to its end; outputs are waited for."""
+    scheduler = scheduler_of(pair, kind=AsyncScheduler, prefill_schedule_interval="auto")
+    ask(scheduler, "first", length=1)
+    for scheduled in ({"first": PROMPT}, {}, {}):
+        assert scheduler.schedule().num_scheduled_tokens == scheduled
+        clock.now += 2e-3
+    cadence = prefill_cadence.prefill_cadence(scheduler)
+    assert cadence is not None
+    assert [seen.ms for seen in cadence._steps] == pytest.approx([2.0])
 
 
 def test_trees_that_follow_the_load_learn_the_interval(pair: tuple[str, str]) -> None:

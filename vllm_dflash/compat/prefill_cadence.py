@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When prompts are let in: where reading one makes a step dear, several at once.
+"""When prompts are admitted: where reading one makes a step dear, several at once.
 
-Patch: `Scheduler.schedule`. Reason: vLLM lets prompts in at every so many steps for data parallelism alone
-(`--prefill-schedule-interval`). Added: for engines of ours that ask for it, as `"tree": "auto"` does, prompts wait on
-the steps that `PrefillCadence` names, by vLLM's own argument. vLLM lets none wait where nothing decodes, or where more
-requests wait than can be taken in. Removable when vLLM chooses its interval itself.
+Patch: `Scheduler.schedule`. Reason: vLLM admits prompts at intervals for data parallelism alone
+(`--prefill-schedule-interval`). Added: for engines of ours that ask for it, as `"tree": "auto"` does, prompts wait in
+the steps that `PrefillCadence` names, by vLLM's own argument. vLLM lets none wait where nothing runs, or where more
+requests wait than can be admitted. Removable when vLLM chooses its interval itself.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ from vllm_dflash.options import AUTO, DFlashOptions
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 #: Of a scheduler; absent: not asked yet.
 _STATE = "vllm_dflash_prefill_cadence"
-_TOLD = "vllm_dflash_prefill_cadence_told"
 
 
 def install(scheduler: ModuleType) -> None:
@@ -41,14 +42,15 @@ def install(scheduler: ModuleType) -> None:
             return plan(self, throttle_prefills)
         if not self.running:  # since then nobody may have asked for anything
             cadence.pause()
-        is_first = cadence.interval == 1
-        # A prompt that has been begun is read to its end at once.
-        waits = cadence.defers(time.perf_counter()) and not any(request.is_prefill_chunk for request in self.running)
+        waited = cadence.interval > 1
+        waits = cadence.defers(time.perf_counter()) and may_wait(self.running)
         output = plan(self, throttle_prefills or waits)
-        if is_first and cadence.interval > 1:
-            _tell(self, cadence)
+        if not waited and cadence.interval > 1:
+            _tell(cadence)
         if output.total_num_scheduled_tokens:
-            cadence.note(prompt_tokens(output), len(output.scheduled_new_reqs), len(output.num_scheduled_tokens))
+            read, begun = prompts(output), [new.req_id for new in output.scheduled_new_reqs]
+            new_prompts = sum(name in read for name in begun)
+            cadence.note(sum(read.values()), new_prompts, len(begun), len(output.num_scheduled_tokens))
         else:  # nothing to do, for as long as it takes
             cadence.pause()
         return output
@@ -57,9 +59,17 @@ def install(scheduler: ModuleType) -> None:
 
 
 def prefill_cadence(scheduler: Any) -> PrefillCadence | None:
-    """Of one of vLLM's schedulers; None: prompts are let in as vLLM does it."""
+    """Of one of vLLM's schedulers; None: vLLM admits prompts."""
     cadence: PrefillCadence | None = getattr(scheduler, _STATE, None)
     return cadence
+
+
+def interval_in_force(scheduler: Any) -> int | None:
+    """At every how many steps a scheduler admits prompts; None: vLLM admits them."""
+    cadence = prefill_cadence(scheduler)
+    if cadence is None:
+        return None
+    return 1 if scheduler.prefill_capacity_bound else cadence.interval
 
 
 def cadence_of(vllm_config: VllmConfig) -> PrefillCadence | None:
@@ -75,19 +85,36 @@ def cadence_of(vllm_config: VllmConfig) -> PrefillCadence | None:
     return PrefillCadence(int(interval)) if interval != 1 else None
 
 
-def prompt_tokens(output: SchedulerOutput) -> int:
-    """Of a step: tokens of requests that do more than verify their drafts."""
+def may_wait(running: Sequence[Request]) -> bool:
+    """Whether prompts may wait: none has been read in part, and there is something else to do."""
+    return not any(request.is_prefill_chunk for request in running) and not all(map(_is_at_its_end, running))
+
+
+def _is_at_its_end(request: Request) -> bool:
+    """Whether what has been scheduled reaches max_tokens, even if all drafts of it are rejected.
+
+    Asynchronous scheduling keeps such a request among those that run until its output is there, and schedules nothing
+    for it. Of the step in flight, whose tokens count as computed and as placeholders, it gets one token at least.
+    """
+    in_flight = request.num_output_placeholders
+    at_least = request.num_computed_tokens - in_flight + 2
+    return in_flight > 0 and at_least >= request.num_prompt_tokens + request.max_tokens
+
+
+def prompts(output: SchedulerOutput) -> dict[str, int]:
+    """Tokens of those requests of a step that do more than verify their drafts."""
     drafts = output.scheduled_spec_decode_tokens
-    return sum(number for name, number in output.num_scheduled_tokens.items() if number > 1 + len(drafts.get(name, ())))
+    numbers = output.num_scheduled_tokens.items()
+    return {name: number for name, number in numbers if number > 1 + len(drafts.get(name, ()))}
 
 
-def _tell(scheduler: Any, cadence: PrefillCadence) -> None:
+def _tell(cadence: PrefillCadence) -> None:
     """Once an engine, and then where it is looked for."""
     assert cadence.model is not None
-    tell = logger.debug if scheduler.__dict__.setdefault(_TOLD, False) else logger.info
-    setattr(scheduler, _TOLD, True)
+    tell = logger.debug if cadence.is_told else logger.info
+    cadence.is_told = True
     tell(
-        "vllm_dflash: prompts are let in every %d steps: reading any makes a step of %.1f ms %.1f ms longer "
+        "vllm_dflash: prompts are admitted every %d steps: reading any makes a step of %.1f ms %.1f ms longer "
         '("prefill_schedule_interval": 1 leaves this to vLLM)',
         cadence.interval, cadence.model.step_ms, cadence.model.reading_ms,
     )  # fmt: skip

@@ -70,9 +70,9 @@ def _load(snapshot: Snapshot, lately: Lately) -> Panel:
         "preempted", Text(f"{now.preemptions:.0f} now, {total.preemptions:.0f} in all"),
     )  # fmt: skip
     interval = snapshot.prefill_interval
-    let_in = ("let in", f"every {interval:.0f} steps") if interval > 1 else ("", "")
+    admitted = ("prompts", f"every {interval:.0f} steps") if interval > 1 else ("", "")
     hits = Text(f"{_percent(now.hit_rate)} hits now, {_percent(total.hit_rate)} in all")
-    grid.add_row("prefix cache", hits, *let_in)
+    grid.add_row("prefix cache", hits, *admitted)
     return Panel(grid, title=f"Load (now: {lately.seconds:.0f} s)", title_align="left")
 
 

@@ -78,7 +78,7 @@ class Snapshot:
     started: float | None  # the server's start in Unix time
     has_plugin: bool  # and a DFlash drafter of its own
     has_speculation: bool
-    prefill_interval: float = 1.0  # prompts are let in at every so many steps, the largest of the engines'
+    prefill_interval: float = 1.0  # prompts are admitted every so many steps, the largest of the engines'
     budget: tuple[float, float] | None = None  # nodes and requests of the last step, with "tree": "auto"
 
 

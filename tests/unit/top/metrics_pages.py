@@ -94,7 +94,7 @@ vllm_dflash:draft_time_seconds_bucket{engine="0",le="0.01",model_name="tiny"} 20
 vllm_dflash:draft_time_seconds_bucket{engine="0",le="+Inf",model_name="tiny"} 20.0
 vllm_dflash:draft_time_seconds_count{engine="0",model_name="tiny"} 20.0
 vllm_dflash:draft_time_seconds_sum{engine="0",model_name="tiny"} 0.03
-# HELP vllm_dflash:prefill_schedule_interval Prompts are let in at every so many steps.
+# HELP vllm_dflash:prefill_schedule_interval Prompts are admitted every so many steps.
 # TYPE vllm_dflash:prefill_schedule_interval gauge
 vllm_dflash:prefill_schedule_interval{engine="0",model_name="tiny"} 1.0
 vllm_dflash:prefill_schedule_interval{engine="1",model_name="tiny"} 6.0

@@ -171,7 +171,7 @@ def test_what_is_shown() -> None:
     # 20 drafts and 40 accepted tokens lately; 60 and 90 in all.
     assert "acceptance length 3.00 now, 2.50 in all drafts 5.0 a second" in text
     assert "budget 42 nodes for 7 requests" in text
-    assert "let in every 6 steps" in text
+    assert "prompts every 6 steps" in text
     assert "verifying 5.00 ms drafting 1.50 ms" in text
     assert "12 steps without drafting, as it would not have paid" in text
     assert "2 of a later version" in text and "outside of CUDA graphs" not in text
@@ -190,7 +190,7 @@ def test_the_screen_fits(width: int) -> None:
 def test_without_the_plugin_the_screen_says_what_its_bars_are_of() -> None:
     text = shown(VLLM_ONLY)
     assert "of all drafts, also of those that were shorter" in text
-    assert "Fall-backs" not in text and "budget" not in text and "let in" not in text
+    assert "Fall-backs" not in text and "budget" not in text and "prompts every" not in text
 
 
 def test_every_reason_is_explained() -> None:

@@ -115,7 +115,7 @@ class Families:
         )
         self.draft = make(histogram, "draft_time_seconds", "Drafting in a verifying step.", buckets=_BUCKETS)
         recent: dict[str, Any] = {"multiprocess_mode": "mostrecent"}
-        self.interval = make(gauge, "prefill_schedule_interval", "Prompts are let in at every so many steps.", **recent)
+        self.interval = make(gauge, "prefill_schedule_interval", "Prompts are admitted every so many steps.", **recent)
         self.budget: tuple[Any, ...] = ()
         if is_auto:
             self.budget = (

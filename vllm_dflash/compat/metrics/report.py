@@ -33,7 +33,7 @@ class StepReport:
     #: acceptance length at which a step with drafts yields as many tokens a second as one without; None: not known
     break_even: float | None = None
     fallbacks: Counter[Fallback] = field(default_factory=Counter)
-    #: Prompts are let in at every so many steps; the scheduler's word. None: vLLM paces them
+    #: Prompts are admitted every so many steps; the scheduler's word. None: vLLM paces them
     prefill_schedule_interval: int | None = None
 
     def add(self, later: StepReport) -> None:

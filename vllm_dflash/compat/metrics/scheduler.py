@@ -20,7 +20,7 @@ from vllm_dflash.compat.metrics.report import StepReport
 from vllm_dflash.compat.metrics.runners import report_of
 from vllm_dflash.compat.metrics.watch import AcceptanceWatch, PrefixCacheWatch
 from vllm_dflash.compat.ownership import draft_tree, drafts_here
-from vllm_dflash.compat.prefill_cadence import prefill_cadence
+from vllm_dflash.compat.prefill_cadence import interval_in_force
 from vllm_dflash.compat.verified_nodes import count_verified
 from vllm_dflash.logs import logger
 
@@ -49,8 +49,7 @@ def install(scheduler: ModuleType) -> None:
         metrics = self.__dict__.setdefault(_STATE, None) or SchedulerMetrics(self.vllm_config)
         setattr(self, _STATE, metrics)
         metrics.see_prompts(self, scheduler_output)
-        cadence = prefill_cadence(self)
-        report.prefill_schedule_interval = cadence.interval if cadence is not None else None
+        report.prefill_schedule_interval = interval_in_force(self)
         outputs = update(self, scheduler_output, model_runner_output)
         stats = next((out.scheduler_stats for out in outputs.values() if out.scheduler_stats is not None), None)
         metrics.add(report, stats)
