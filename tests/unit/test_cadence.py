@@ -30,9 +30,7 @@ class Engine:
         for _ in range(steps):
             many = self.arrivals >= 1
             self.waiting += (
-                self.random.randint(1, int(2 * self.arrivals) - 1)
-                if many
-                else self.random.random() < self.arrivals
+                self.random.randint(1, int(2 * self.arrivals) - 1) if many else self.random.random() < self.arrivals
             )
             begin = 0 if self.cadence.defers(self.now) else self.waiting
             self.waiting -= begin
@@ -175,8 +173,7 @@ def test_a_step_that_something_else_held_up_is_left_out() -> None:
     """One of 1000 ms; with it, reading would seem to make steps shorter."""
     tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
     steps = [
-        StepSeen(7 + 5 * (now > 0) + 0.01 * now, now, before)
-        for before, now in zip([0, *tokens], tokens, strict=False)
+        StepSeen(7 + 5 * (now > 0) + 0.01 * now, now, before) for before, now in zip([0, *tokens], tokens, strict=False)
     ]
     steps[50] = StepSeen(1000.0, steps[50].prompt_tokens, steps[50].prompt_tokens_before)
     found = fitted(deque(steps))
