@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ class SpeedUp(NamedTuple):
 def main() -> None:
     args = parse_arguments()
     points = json.loads(args.results.read_text())["points"]
+    contexts = {point["context"] for point in points}
+    if len(contexts) != 1:
+        raise SystemExit(f"{args.results}: points of one --contexts are drawn, found {sorted(contexts)}")
     for name in (*args.engines, NONE):
         if not all(name in answers for point in points for answers in point["rounds"]):
             raise SystemExit(f"{args.results}: there is no engine {name!r} in all of its points")
@@ -62,11 +66,13 @@ def picture(points: Sequence[Record], names: Sequence[str]) -> Any:
     """A panel for each temperature; a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    temperatures = sorted({float(point.get("temperature", 0.0)) for point in points})
-    figure = Figure(figsize=(2.8 + 4.2 * len(temperatures), 3.4), facecolor="white", layout="constrained")
-    panels = figure.subplots(1, len(temperatures), squeeze=False)[0]
-    for panel, temperature in zip(panels, temperatures, strict=True):
-        draw(panel, [point for point in points if float(point.get("temperature", 0.0)) == temperature], names)
+    by_temperature = defaultdict(list)
+    for point in points:
+        by_temperature[float(point["temperature"])].append(point)
+    figure = Figure(figsize=(2.8 + 4.2 * len(by_temperature), 3.4), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, len(by_temperature), squeeze=False)[0]
+    for panel, (temperature, its_points) in zip(panels, sorted(by_temperature.items()), strict=True):
+        draw(panel, its_points, names)
         panel.set_title(f"temperature {temperature:g}", loc="left", fontsize=10)
     panels[0].set_ylabel("tokens/s to no speculation")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)

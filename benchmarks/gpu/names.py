@@ -7,13 +7,15 @@ import argparse
 from typing import Any
 
 NONE, OWN, OURS = ENGINES = ("none", "own", "ours")
-#: Draft trees of this plugin, of so many nodes or "auto", and vLLM's own dflash with its adaptive verification.
-TREE, ADAPTIVE = "tree", "adaptive"
+#: Draft trees of this plugin, of so many nodes or "auto"; its chains, with prompts admitted as "auto" admits them; and
+#: vLLM's own dflash with its adaptive verification.
+TREE, PACED, ADAPTIVE = "tree", "paced", "adaptive"
 LABELS = {
     NONE: "no speculation",
     OWN: "vLLM's own dflash",
     ADAPTIVE: "vLLM's own dflash, adaptive",
     OURS: "vllm_dflash",
+    PACED: "vllm_dflash, prompts together",
     TREE: "vllm_dflash, tree",
 }
 
@@ -37,7 +39,7 @@ def label(name: str) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether the plugin is on."""
-    return base(name) in (OURS, TREE)
+    return base(name) in (OURS, PACED, TREE)
 
 
 def check(name: str) -> None:
@@ -47,7 +49,7 @@ def check(name: str) -> None:
         raise ValueError(f"unknown {name!r}, known are {', '.join(LABELS)}")
     if base(name) == TREE and number != "auto" and not (number or "").isdigit():
         raise ValueError(f'{name!r}: a tree has a number of nodes, or "auto": tree:31')
-    if base(name) != TREE and number is not None and not (base(name) in (OWN, OURS) and number.isdigit()):
+    if base(name) != TREE and number is not None and not (base(name) in (OWN, OURS, PACED) and number.isdigit()):
         raise ValueError(f"{name!r}: behind the colon stands a number of draft tokens: own:7")
 
 

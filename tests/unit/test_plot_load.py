@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +21,15 @@ def rates(**tokens_s: float) -> dict[str, Any]:
 
 
 POINTS: list[dict[str, Any]] = [
-    {"requests": 32, "temperature": 0.0, "rounds": [rates(none=10, own=15)]},
+    {"context": 256, "requests": 32, "temperature": 0.0, "rounds": [rates(none=10, own=15)]},
     # 3.0, 1.5 and 4.0, whose median is not that of the medians, 300 / 80.
     {
+        "context": 256,
         "requests": 8,
         "temperature": 0.0,
         "rounds": [rates(none=100, own=300), rates(none=80, own=120), rates(none=80, own=320)],
     },
-    {"requests": 8, "temperature": 1.0, "rounds": [rates(none=100, own=50)]},
+    {"context": 256, "requests": 8, "temperature": 1.0, "rounds": [rates(none=100, own=50)]},
 ]
 
 
@@ -49,9 +51,9 @@ def test_a_panel_for_each_temperature(plot: ModuleType) -> None:
     assert list(second.lines[1].get_ydata()) == [0.5]
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str, points: list[dict[str, Any]] = POINTS) -> subprocess.CompletedProcess[str]:
     results = folder / "load.json"
-    results.write_text(json.dumps({"points": POINTS}))
+    results.write_text(json.dumps({"points": points}))
     command = [sys.executable, str(BENCHMARKS / "plot_load.py"), str(results), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
@@ -70,3 +72,12 @@ def test_an_engine_that_was_not_measured(tmp_path: Path) -> None:
     done = run(tmp_path, "--engines", "own,tree:31")
     assert done.returncode != 0
     assert "load.json: there is no engine 'tree:31' in all of its points" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("points", "found"), [([], r"\[\]"), ([*POINTS, POINTS[0] | {"context": 512}], r"\[256, 512\]")]
+)
+def test_points_that_are_no_line(tmp_path: Path, points: list[dict[str, Any]], found: str) -> None:
+    done = run(tmp_path, "--engines", "own", points=points)
+    assert done.returncode != 0
+    assert re.search(f"load.json: points of one --contexts are drawn, found {found}", done.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from gpu.decode.workload import Workload
 from gpu.machine import on_cuda
-from gpu.names import ADAPTIVE, NONE, TREE, Record, base, is_ours, size
+from gpu.names import ADAPTIVE, NONE, PACED, TREE, Record, base, is_ours, size
 from gpu.pair import kv_token_bytes
 
 
@@ -47,12 +47,14 @@ def speculation(name: str, workload: Workload) -> Record:
 
 
 def options(name: str, additional_config: Record) -> Record:
-    """The plugin's, with the size of a tree."""
-    if base(name) != TREE:
-        return additional_config
-    number = str(size(name))
-    tree = {"tree": int(number) if number.isdigit() else number}
-    return additional_config | {"dflash": additional_config.get("dflash", {}) | tree}
+    """The plugin's, with what the engine's name says."""
+    said: Record = {}
+    if base(name) == TREE:
+        number = str(size(name))
+        said = {"tree": int(number) if number.isdigit() else number}
+    elif base(name) == PACED:
+        said = {"prefill_schedule_interval": "auto"}
+    return additional_config | {"dflash": additional_config.get("dflash", {}) | said}
 
 
 def kv_bytes(name: str, workload: Workload) -> int:
