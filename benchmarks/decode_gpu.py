@@ -5,8 +5,8 @@
     python benchmarks/decode_gpu.py --pair DIR --real  # a trained pair (target/, drafter/, heldout.jsonl)
 
 The engines: "none"; "own", vLLM's dflash, of all the block holds or of so many draft tokens ("own:7"); "adaptive", that
-with vLLM's adaptive verification; "ours" or "ours:7", this plugin's chains; "paced" or "paced:7", these with prompts admitted
-several at once where that pays; "tree:31" or "tree:auto", its draft trees.
+with vLLM's adaptive verification; "ours" or "ours:7", this plugin's chains; "paced" or "paced:7", these with prompts
+admitted several at once where that pays; "tree:31" or "tree:auto", its draft trees.
 
 One process per engine. They start side by side and then compute one at a time, point by point, so that a card that
 drifts slows all of them alike. A point is a number of concurrent requests and a prompt length. What is measured is the
