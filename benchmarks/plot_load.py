@@ -10,13 +10,12 @@ A point is the median of its rounds' ratios, each of two engines that took turns
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpu.load_points import ratios, read_points
 from gpu.names import NONE, Record, label, parse_engines
 
 COLOURS = ("#8a8f98", "#3b6fb6", "#b9772a", "#1a8f5f", "#8e4fa8", "#c0392b")
@@ -33,13 +32,7 @@ class SpeedUp(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    points = json.loads(args.results.read_text())["points"]
-    contexts = {point["context"] for point in points}
-    if len(contexts) != 1:
-        raise SystemExit(f"{args.results}: points of one --contexts are drawn, found {sorted(contexts)}")
-    for name in (*args.engines, NONE):
-        if not all(name in answers for point in points for answers in point["rounds"]):
-            raise SystemExit(f"{args.results}: there is no engine {name!r} in all of its points")
+    points = read_points(args.results, (*args.engines, NONE))
     save(picture(points, args.engines), args.output)
 
 
@@ -54,24 +47,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def speed_ups(points: Sequence[Record], engine: str) -> list[SpeedUp]:
-    """By the number of users, fewest first."""
+    """By the number of users."""
     found = []
-    for point in sorted(points, key=lambda point: int(point["requests"])):
-        ratios = [answers[engine]["tokens_s"] / answers[NONE]["tokens_s"] for answers in point["rounds"]]
-        found.append(SpeedUp(point["requests"], statistics.median(ratios), min(ratios), max(ratios)))
+    for point in points:
+        of_rounds = ratios(point, engine, NONE)
+        found.append(SpeedUp(point["requests"], statistics.median(of_rounds), min(of_rounds), max(of_rounds)))
     return found
 
 
-def picture(points: Sequence[Record], names: Sequence[str]) -> Any:
+def picture(points: Mapping[float, Sequence[Record]], names: Sequence[str]) -> Any:
     """A panel for each temperature; a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    by_temperature = defaultdict(list)
-    for point in points:
-        by_temperature[float(point["temperature"])].append(point)
-    figure = Figure(figsize=(2.8 + 4.2 * len(by_temperature), 3.4), facecolor="white", layout="constrained")
-    panels = figure.subplots(1, len(by_temperature), squeeze=False)[0]
-    for panel, (temperature, its_points) in zip(panels, sorted(by_temperature.items()), strict=True):
+    figure = Figure(figsize=(2.8 + 4.2 * len(points), 3.4), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    for panel, (temperature, its_points) in zip(panels, points.items(), strict=True):
         draw(panel, its_points, names)
         panel.set_title(f"temperature {temperature:g}", loc="left", fontsize=10)
     panels[0].set_ylabel("tokens/s to no speculation")
