@@ -105,3 +105,6 @@ def test_trees_that_follow_the_load(plain, tmp_path):
     auto = generate(tmp_path, **dflash(), additional_config={"dflash": {"tree": "auto"}})
     assert_same_but_near_ties(auto.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
     assert auto.acceptance_length > 5
+    for part in ("verify", "draft"):
+        seconds, count = (auto.counters[f"vllm_dflash:{part}_time_seconds_{what}"] for what in ("sum", "count"))
+        assert count > 0 and 0 < seconds / count < 0.1
