@@ -106,6 +106,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=64, help="prompts in heldout.jsonl")
     parser.add_argument("--batch-tokens", type=int, default=32768 if cuda else 2048, help="a step of either training")
     parser.add_argument("--response-tokens", type=int, default=256 if cuda else 64, help="longest response")
+    parser.add_argument(
+        "--feature-cache-gb", type=float, metavar="GIB", help="disk for the target's features; default: none are kept"
+    )
     parser.add_argument("--target-lr", type=float, default=1.5e-3)
     parser.add_argument("--drafter-lr", type=float, default=1e-3)
     parser.add_argument(
@@ -256,6 +259,7 @@ class Recipe:
                 "max_new_tokens": args.response_tokens,
                 "max_length": MAX_LENGTH,
                 "gpu_memory_utilization": 0.5,  # a small target needs no more
+                "feature_cache_gb": args.feature_cache_gb,
             },
             "model": {
                 "num_layers": args.drafter_layers,
