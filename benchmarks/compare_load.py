@@ -4,8 +4,9 @@
     python benchmarks/decode_gpu.py --arrivals 2.0 --engines none,own,ours,tree:auto ... --save load.json
     python benchmarks/compare_load.py load.json --of tree:auto
 
-A cell is the geometric mean of its rounds' ratios, and its standard error; the last row's, of all points' rounds. Where
-others use the host too, rounds differ much: what lies within two standard errors of 1 is no difference.
+A cell is the geometric mean of its rounds' ratios, and its standard error: with three rounds, 4.3 such errors make a
+95 % interval. The last row is the geometric mean of the points above, and its error follows from theirs: it is that of
+these loads, measured again, and not of others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpu.load_points import ratios, read_points
@@ -40,25 +42,42 @@ def measured_engines(results: Path) -> list[str]:
 
 def table(points: Sequence[Record], name: str, others: Sequence[str], title: str) -> list[str]:
     """A row for each number of users, and one of all."""
-    lines = [f"**{label(name)} to, {title}:**", ""]
+    lines = [f"**Tokens/s of {label(name)} to those of others, {title}:**", ""]
     lines += ["| users | " + " | ".join(map(label, others)) + " |", "|" + "--:|" * (len(others) + 1)]
-    columns = {other: [ratios(point, name, other) for point in points] for other in others}
+    columns = [[Estimate.of(ratios(point, name, other)) for point in points] for other in others]
     for number, point in enumerate(points):
-        lines.append(row(str(point["requests"]), [columns[other][number] for other in others]))
-    return [*lines, row("all", [sum(columns[other], []) for other in others])]
+        lines.append(row(str(point["requests"]), [column[number] for column in columns]))
+    return [*lines, row("all", list(map(Estimate.mean, columns)))]
 
 
-def row(first: str, cells: Sequence[Sequence[float]]) -> str:
-    return "| " + " | ".join((first, *map(mean_and_error, cells))) + " |"
+def row(first: str, cells: Sequence[Estimate]) -> str:
+    return "| " + " | ".join((first, *map(str, cells))) + " |"
 
 
-def mean_and_error(values: Sequence[float]) -> str:
-    """The geometric mean, and what its logarithm's standard error makes of it; a single value has none."""
-    logarithms = list(map(math.log, values))
-    mean = math.exp(statistics.mean(logarithms))
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {mean * statistics.stdev(logarithms) / math.sqrt(len(values)):.2f}"
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio's logarithm, and its standard error; None: a single value has none."""
+
+    logarithm: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """The mean of values that were measured alike."""
+        logarithms = list(map(math.log, values))
+        error = statistics.stdev(logarithms) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.mean(logarithms), error)
+
+    @classmethod
+    def mean(cls, parts: Sequence[Estimate]) -> Estimate:
+        """Of estimates of different things."""
+        errors = [part.error for part in parts if part.error is not None]
+        error = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
+        return cls(statistics.mean(part.logarithm for part in parts), error)
+
+    def __str__(self) -> str:
+        ratio = math.exp(self.logarithm)
+        return f"{ratio:.2f}" if self.error is None else f"{ratio:.2f} ± {ratio * self.error:.2f}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import signal
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from gpu.decode.child import serve
 from gpu.decode.job import engine_job
 from gpu.decode.report import markdown
 from gpu.decode.trace import profile_table
+from gpu.decode.turns import orders
 from gpu.decode.workload import Workload
 from gpu.engine_process import Engine, EngineError, environment, started_engines
 from gpu.machine import on_cuda, run_facts
@@ -94,7 +94,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--acceptance", type=float, default=6.0, help="synthetic acceptance length, without --real")
     parser.add_argument("--shared-from", type=int, default=2048, help="prompts this long share all but their end")
     parser.add_argument("--capture-all", action="store_true", help="CUDA graphs at every step size, for none and own")
-    parser.add_argument("--additional-config", type=json.loads, default={}, metavar="JSON", help="for ours alone")
+    parser.add_argument(
+        "--additional-config", type=json.loads, default={}, metavar="JSON", help="for this plugin's engines"
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="LLM(...) arguments, all")
     parser.add_argument(
         "--draft-graph", type=parse_numbers, default=(), help="also time the drafting step's CUDA graph at these"
@@ -174,14 +176,13 @@ class Benchmark:
             longest = max(longest, time.monotonic() - begun)
 
     def _measure(self, engines: dict[str, Engine], index: int, context: int, count: int, temperature: float) -> Record:
-        """Warm-up and all rounds of one point. The engines take turns in an order drawn for each round, so that none
-        always follows one that heats the card, or meets what else the host does."""
+        """Warm-up and all rounds of one point. The engines take turns in changing order."""
         for name, engine in engines.items():
             self._warm_up(name, engine, context, count)
         rounds: list[dict[str, Record]] = []
         outputs: list[dict[str, list[list[int]]]] = []
         begun = time.monotonic()
-        for number in itertools.count():
+        for number, order in enumerate(orders(list(engines), seed=index)):
             if number >= self.args.rounds and time.monotonic() - begun > self.args.point_seconds:
                 break
             if self.args.arrivals:
@@ -189,7 +190,6 @@ class Benchmark:
             else:
                 prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
                 request = self.workload.request(prompts, temperature)
-            order = random.Random(f"{index} {number}").sample(list(engines), len(engines))
             answers = {name: self._turn(engines[name], request) for name in order}
             outputs.append({name: answer.pop("token_ids", []) for name, answer in answers.items()})
             rounds.append({name: answers[name] for name in engines})

@@ -26,10 +26,12 @@ WORTH = 0.95
 MOST = 8
 _REMEMBERED, _ENOUGH = 256, 48  # steps
 _DECIDE_STEPS = 32
-#: One step of so many without prompts: of steps that are all alike, or that take turns, nothing can be learned. Odd, so
-#: that where they take turns it is one that would have read some.
+#: With k = 1 or 2 prompts wait in one step of so many: of steps that are all alike, or that take turns, nothing can be
+#: learned. Odd, so that with k = 2 it is a step's turn to read some.
 _PROBE_STEPS = 15
-#: A longer step was held up by something else. Of eight steps, one may read all the prompts.
+#: A model that no steps have confirmed for so many is given up: with k = 1 it is learned anew.
+_STANDS_STEPS = 1024
+#: A longer step was held up by something else. With k = 8 one step of eight reads prompts: the percentile is of those.
 _LONGEST = 2.0  # times the 95th percentile
 #: Of the largest singular value: what is smaller is no difference between steps.
 _DISTINCT = 1e-2
@@ -65,7 +67,7 @@ class PrefillCadence:
         self._steps: deque[StepSeen] = deque(maxlen=_REMEMBERED)
         self._begun: float | None = None
         self._tokens = self._tokens_before = 0
-        self._number = self._since_prompts = 0
+        self._number = self._since_prompts = self._learned_at = 0
         self._requests: deque[tuple[int, int, int]] = deque(maxlen=_REMEMBERED)  # prompts, requests begun, running
 
     def defers(self, now: float) -> bool:
@@ -94,7 +96,7 @@ class PrefillCadence:
         self._begun = None
 
     def _decide(self) -> None:
-        self.model = fitted(self._steps) or self.model
+        self._learn()
         if not self._requests:
             return
         prompts, began, ran = (sum(column) for column in zip(*self._requests, strict=True))
@@ -103,6 +105,13 @@ class PrefillCadence:
             return
         # Little's law: a request takes as many steps as there are requests for each that begins in a step.
         self.interval = best_interval(self.model, ran / began, prompts / len(self._requests))
+
+    def _learn(self) -> None:
+        found = fitted(self._steps)
+        if found is not None:
+            self.model, self._learned_at = found, self._number
+        elif self._number - self._learned_at > _STANDS_STEPS:
+            self.model = None
 
 
 def fitted(steps: deque[StepSeen]) -> StepModel | None:

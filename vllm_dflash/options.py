@@ -30,7 +30,7 @@ class DFlashOptions:
     draft_vocab_file: str | None = None
     #: Verify a tree of so many candidates instead of a chain; "auto": of as many as pay (docs/trees.md).
     tree: int | str | None = None
-    #: Admit prompts at every so many steps; "auto": of as many as pay. Default: "auto" with "tree": "auto", else 1.
+    #: Admit prompts every so many steps; "auto": at the interval that pays, the default with "tree": "auto", else 1.
     prefill_schedule_interval: int | str | None = None
 
     def __post_init__(self) -> None:

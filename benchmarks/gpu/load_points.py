@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,18 +13,30 @@ from gpu.names import Record
 
 
 def read_points(results: Path, names: Iterable[str]) -> dict[float, list[Record]]:
-    """By temperature, fewest users first. Raises SystemExit where the file lacks one of these engines."""
+    """By temperature, fewest users first. Raises SystemExit where the file lacks what is to be compared."""
     points = json.loads(results.read_text())["points"]
     contexts = {point["context"] for point in points}
     if len(contexts) != 1:
         raise SystemExit(f"{results}: points of one --contexts are compared, found {sorted(contexts)}")
     for name in names:
-        if not all(name in answers for point in points for answers in point["rounds"]):
-            raise SystemExit(f"{results}: there is no engine {name!r} in all of its points")
+        for point in points:
+            check(results, point, name)
     by_temperature = defaultdict(list)
     for point in sorted(points, key=lambda point: (point["temperature"], point["requests"])):
         by_temperature[float(point["temperature"])].append(point)
     return dict(by_temperature)
+
+
+def check(results: Path, point: Record, name: str) -> None:
+    """Raise SystemExit where an engine has no rate in one of a point's rounds."""
+    for number, answers in enumerate(point["rounds"], 1):
+        at = f"{point['requests']} users, temperature {point['temperature']:g}, round {number}"
+        if name not in answers:
+            raise SystemExit(f"{results}: there is no engine {name!r} in {at}")
+        if "running" not in answers[name]:
+            raise SystemExit(f"{results}: {at} was not measured with --arrivals")
+        if math.isnan(answers[name]["tokens_s"]):
+            raise SystemExit(f"{results}: {name} had too few steps in {at}: measure for longer than --arrivals said")
 
 
 def ratios(point: Record, name: str, to: str) -> list[float]:

@@ -34,9 +34,9 @@ class Card:
     host_ms: float  # that vLLM works for a step on the host: no step takes less
 
 
-#: Fitted to the measured steps of one GPU (results/decode_steps_h200.csv). What all-reduces take was assumed before two
-#: GPUs were measured, and agrees with these within 9 %: small ones about 10 us over NVLink, large ones as long as at
-#: some three quarters of its 450 GB/s in each direction.
+#: Fitted to the measured steps of one GPU (results/decode_steps_h200.csv). What all-reduces take was assumed before
+#: two GPUs were measured (steps modelled with it are within 9 % of those): small ones about 10 us over NVLink, large
+#: ones as long as at some three quarters of its 450 GB/s in each direction.
 H200 = Card("H200", 3.56, 4.25, 640.0, 24.0, 24.0, 10.0, 350.0, 2.9)
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of the GPU benchmarks by name: what each is started with."""
+"""Engines of the GPU benchmarks: what each is started with by its name, and in which order they take turns."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,51 @@ def test_options_by_name(job: ModuleType, name: str, expected: dict[str, Any]) -
     given = {"dflash": {"draft_weights": "fp8"}, "other": 1}
     assert job.options(name, given) == {"dflash": expected, "other": 1}
     assert job.is_ours(name)
+
+
+def test_names_that_say_something(job: ModuleType) -> None:
+    from gpu.names import parse_engines
+
+    names = ("none", "own:7", "adaptive", "ours", "paced", "paced:7", "tree:31", "tree:auto")
+    assert parse_engines(",".join(names)) == names
+    assert [name for name in names if job.is_ours(name)] == ["ours", "paced", "paced:7", "tree:31", "tree:auto"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("own:7", {"num_speculative_tokens": 7}),
+        ("paced:7", {"num_speculative_tokens": 7}),
+        ("paced", {"num_speculative_tokens": 15}),
+        ("tree:31", {}),
+        ("adaptive", {"num_speculative_tokens": 15, "enable_adaptive_verification": True}),
+    ],
+)
+def test_speculation_by_name(job: ModuleType, name: str, expected: dict[str, Any]) -> None:
+    workload = SimpleNamespace(args=SimpleNamespace(real=True), k=15, drafter={"path": "drafter"})
+    assert job.speculation(name, workload) == {"method": "dflash", "model": "drafter"} | expected
+
+
+def test_few_engines_take_turns_in_every_order(job: ModuleType) -> None:
+    from gpu.decode.turns import orders
+
+    first = list(itertools.islice(orders(["none", "own", "ours"], seed=1), 12))
+    assert set(first[:6]) == set(itertools.permutations(["none", "own", "ours"]))
+    assert first[6:] == first[:6]
+
+
+def test_many_engines_follow_different_ones(job: ModuleType) -> None:
+    """Of ten, one seldom follows the same other one: by chance once in ten rounds."""
+    from gpu.decode.turns import orders
+
+    names = [str(number) for number in range(10)]
+    drawn = list(itertools.islice(orders(names, seed=1), 200))
+    assert all(sorted(order) == names for order in drawn)
+    for place in (0, 9):
+        assert {order[place] for order in drawn} == set(names)
+    behind = sum(order.index("1") == order.index("0") + 1 for order in drawn)
+    assert 8 <= behind <= 35  # 20 expected, 4.2 of them standard deviation
+    assert drawn == list(itertools.islice(orders(names, seed=1), 200)) != list(itertools.islice(orders(names, 2), 200))
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,25 @@ def test_what_is_known_stands_until_more_is() -> None:
         reads = number % 3 == 0
         paced.note(1200 * reads, 6 * reads, 6 * reads, 128)
     assert paced.model == known
-    # Two in a step, of 128 / 2 steps each: 64 * 15.0 = 960 to 67.5 * 6.25 = 422.
+    # Two in a step, of 128 / 2 steps each: d(1) = 1.16 and 64 * 13.6 = 873; 67.5 * 6.25 = 422.
     assert paced.interval == 8
+
+
+def test_what_steps_no_longer_confirm_is_given_up() -> None:
+    """Every step that reads prompts still reads as many tokens, but reading any costs nothing now."""
+    paced = PrefillCadence()
+    paced.model, paced.interval = StepModel(5.0, 10.0), 8
+    waiting = now = 0.0
+    read = []
+    for _ in range(2000):
+        waiting += 4
+        begin = 0 if paced.defers(now) else int(waiting)
+        waiting -= begin
+        paced.note(256 * begin, begin, begin, 64)
+        now += (60.0 + 0.01 * begin) / 1e3
+        read.append(begin)
+    assert read[:1000].count(0) == pytest.approx(1000 * 7 / 8, abs=8), "what is known stands for a while"
+    assert paced.interval == 1
 
 
 def test_an_engine_that_was_only_paused_has_nothing_to_say() -> None:

@@ -232,7 +232,7 @@ def test_sizes_that_must_be_one(kind: str, runner: str) -> None:
 
 
 def test_an_interval_of_prompts_is_for_one_engine(target: str, drafter: str) -> None:
-    """Data parallel ranks must let them in at the same steps."""
+    """Data parallel ranks must admit them in the same steps."""
     config = {"speculative_config": {"method": "dflash", "model": drafter}, "data_parallel_size": 2}
     for interval in (4, "auto"):
         with pytest.raises(ValueError, match="take vLLM's own --prefill-schedule-interval") as caught:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def rates(**tokens_s: float) -> dict[str, Any]:
-    return {name: {"tokens_s": value} for name, value in tokens_s.items()}
+    return {name: {"tokens_s": value, "running": 8.0} for name, value in tokens_s.items()}
 
 
 POINTS: list[dict[str, Any]] = [
@@ -58,25 +59,16 @@ def test_a_panel_for_each_temperature(plot: ModuleType, tmp_path: Path) -> None:
     assert list(second.lines[1].get_ydata()) == [0.5]
 
 
-def test_a_table_of_means_and_their_errors(tmp_path: Path) -> None:
-    """(3 * 1.5 * 4) ** (1/3) = 2.62; logarithms 1.10, 0.41, 1.39 deviate by 0.504: 2.62 * 0.504 / 3 ** 0.5 = 0.76.
-
-    With 1.5 once more: 27 ** 0.25 = 2.28, and 2.28 * 0.497 / 2 = 0.57.
-    """
-    done = run("compare_load.py", results_of(tmp_path), "--of", "own")
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout
-        == """\
-**vLLM's own dflash to, temperature 0:**
+TABLE = """\
+**Tokens/s of vLLM's own dflash to those of others, temperature 0:**
 
 | users | no speculation |
 |--:|--:|
 | 8 | 2.62 ± 0.76 |
 | 32 | 1.50 |
-| all | 2.28 ± 0.57 |
+| all | 1.98 |
 
-**vLLM's own dflash to, temperature 1:**
+**Tokens/s of vLLM's own dflash to those of others, temperature 1:**
 
 | users | no speculation |
 |--:|--:|
@@ -84,7 +76,48 @@ def test_a_table_of_means_and_their_errors(tmp_path: Path) -> None:
 | all | 0.50 |
 
 """
-    )
+
+
+def test_a_table_of_means_and_their_errors(tmp_path: Path) -> None:
+    """(3 * 1.5 * 4) ** (1/3) = 2.62; logarithms 1.10, 0.41, 1.39 deviate by 0.504: 2.62 * 0.504 / 3 ** 0.5 = 0.76.
+
+    A single round has no error, nor has the mean of both points, (2.62 * 1.5) ** 0.5.
+    """
+    done = run("compare_load.py", results_of(tmp_path), "--of", "own")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == TABLE
+
+
+def test_the_mean_of_points_has_their_errors(tmp_path: Path) -> None:
+    """1 and 4 are 2 ± 1.39, as logarithms 0.693 ± 0.693; 9 and 4 are 6 ± 2.43, 1.792 ± 0.405.
+
+    Their mean: 12 ** 0.5 = 3.46, and (0.693 ** 2 + 0.405 ** 2) ** 0.5 / 2 = 0.402, of 3.46 1.39.
+    """
+    points = [
+        {
+            "context": 1,
+            "requests": users,
+            "temperature": 0.0,
+            "rounds": [rates(none=1, own=own, ours=2) for own in owns],
+        }
+        for users, owns in ((8, (1, 4)), (1, (9, 4)))
+    ]
+    done = run("compare_load.py", results_of(tmp_path, points), "--of", "own", "--to", "ours,none")
+    assert done.stdout.splitlines()[2:] == [
+        "| users | vllm_dflash | no speculation |",
+        "|--:|--:|--:|",
+        "| 1 | 3.00 ± 1.22 | 6.00 ± 2.43 |",
+        "| 8 | 1.00 ± 0.69 | 2.00 ± 1.39 |",
+        "| all | 1.73 ± 0.70 | 3.46 ± 1.39 |",
+        "",
+    ]
+
+
+def test_all_others_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+    points = [POINTS[0] | {"rounds": [rates(none=10, own=15, ours=30)]}]
+    done = run("compare_load.py", results_of(tmp_path, points), "--of", "own")
+    assert "| users | no speculation | vllm_dflash |" in done.stdout
+    assert "| 32 | 1.50 | 0.50 |" in done.stdout
 
 
 def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -105,7 +138,7 @@ def test_the_same_results_are_the_same_file(tmp_path: Path) -> None:
 def test_an_engine_that_was_not_measured(tmp_path: Path) -> None:
     done = run("plot_load.py", results_of(tmp_path), "--engines", "own,tree:31")
     assert done.returncode != 0
-    assert "load.json: there is no engine 'tree:31' in all of its points" in done.stderr
+    assert "load.json: there is no engine 'tree:31' in 32 users, temperature 0, round 1" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -115,3 +148,18 @@ def test_points_that_are_no_line(tmp_path: Path, points: list[dict[str, Any]], f
     done = run("compare_load.py", results_of(tmp_path, points), "--of", "own", "--to", "none")
     assert done.returncode != 0
     assert re.search(f"load.json: points of one --contexts are compared, found {found}", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ({"tokens_s": math.nan, "running": 0.0}, "own had too few steps in 8 users, temperature 0, round 2"),
+        ({"ms_step": 3.0}, "8 users, temperature 0, round 2 was not measured with --arrivals"),
+    ],
+)
+def test_rounds_that_cannot_be_compared(tmp_path: Path, answer: dict[str, float], complaint: str) -> None:
+    rounds = [rates(none=10, own=15), {"none": {"tokens_s": 10.0, "running": 8.0}, "own": answer}]
+    points = [{"context": 1, "requests": 8, "temperature": 0.0, "rounds": rounds}]
+    done = run("compare_load.py", results_of(tmp_path, points), "--of", "own")
+    assert done.returncode != 0
+    assert f"load.json: {complaint}" in done.stderr

@@ -96,7 +96,7 @@ def test_prompts_wait_for_every_third_step(pair: tuple[str, str]) -> None:
     assert steps(scheduler, names(), 10) == [1, 0, 0, 3, 0, 0, 3, 0, 0, 3]
 
 
-def test_vllm_lets_prompts_in_at_once(pair: tuple[str, str]) -> None:
+def test_vllm_admits_prompts_at_once(pair: tuple[str, str]) -> None:
     for scheduler in (scheduler_of(pair), scheduler_of(pair, prefill_schedule_interval=1)):
         assert steps(scheduler, names(), 5) == [1] * 5
         assert prefill_cadence.prefill_cadence(scheduler) is None
@@ -180,7 +180,7 @@ def test_vllms_own_word_counts_too(pair: tuple[str, str]) -> None:
     assert [new.req_id for new in scheduler.schedule(throttle_prefills=False).scheduled_new_reqs] == ["second"]
 
 
-def test_dear_prompts_are_let_in_together(
+def test_dear_prompts_are_admitted_together(
     pair: tuple[str, str], clock: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One comes each step and takes six: with 2 ms a step and 20 more for reading, every eighth step is best."""

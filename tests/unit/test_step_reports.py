@@ -245,14 +245,16 @@ def test_drafts_by_position_of_chains_that_vllm_cut() -> None:
     assert stats.spec_decoding_stats.num_accepted_tokens_per_pos == [2, 2, 0, 0]
 
 
-def test_the_schedulers_own_word() -> None:
-    """At every how many steps it lets prompts in."""
+@pytest.mark.parametrize(("is_bound", "expected"), [(False, 5), (True, 1)])
+def test_the_schedulers_own_word(is_bound: bool, expected: int) -> None:
+    """The interval at which it admits prompts: none, while more requests wait than can be admitted."""
     stats = stats_of(2, (2, 1))
     made = scheduler_of(engine_config(), [stats])
     setattr(made, prefill_cadence._STATE, PrefillCadence(5))
+    made.prefill_capacity_bound = is_bound
     made.update_from_output(plan({"a": 2}), reported(StepReport()))
     assert stats.spec_decoding_stats is not None
-    assert stats.spec_decoding_stats.num_draft_tokens_per_pos[2:] == [-1, -1, -1, -1, 5] + [0] * NUM_REASONS
+    assert stats.spec_decoding_stats.num_draft_tokens_per_pos[2:] == [-1, -1, -1, -1, expected] + [0] * NUM_REASONS
 
 
 @pytest.mark.parametrize(

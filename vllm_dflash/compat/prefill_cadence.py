@@ -65,7 +65,7 @@ def prefill_cadence(scheduler: Any) -> PrefillCadence | None:
 
 
 def interval_in_force(scheduler: Any) -> int | None:
-    """At every how many steps a scheduler admits prompts; None: vLLM admits them."""
+    """The interval, in steps, at which a scheduler admits prompts; None: vLLM admits them."""
     cadence = prefill_cadence(scheduler)
     if cadence is None:
         return None
@@ -92,6 +92,9 @@ def may_wait(running: Sequence[Request]) -> bool:
 
 def _is_at_its_end(request: Request) -> bool:
     """Whether what has been scheduled reaches max_tokens, even if all drafts of it are rejected.
+
+    Only then is it known. A request that ends in the step in flight by its text, or by drafts that are accepted, is
+    taken to go on: prompts may wait for that step.
 
     Asynchronous scheduling keeps such a request among those that run until its output is there, and schedules nothing
     for it. Of the step in flight, whose tokens count as computed and as placeholders, it gets one token at least.

@@ -41,7 +41,7 @@ def heading(workload: Workload, result: Record) -> list[str]:
         "",
         f"{result['date']}, {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
         f"{model}, K = {workload.k}, {kind}, temperature {temperatures}, {args.output_tokens} tokens out; "
-        "engines in turn, in an order drawn for each round; "
+        "engines in turn, in changing order; "
         f"{args.rounds} rounds and more for {args.point_seconds:g} s at each point.",
         "",
         f"    {result['command']}",
