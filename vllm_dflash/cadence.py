@@ -95,6 +95,11 @@ class PrefillCadence:
         """The time until the next step is none of the last one's."""
         self._begun = None
 
+    def idle(self) -> None:
+        """The step has nothing to do, for as long as it takes. Prompts have waited for it all the same."""
+        self.pause()
+        self._since_prompts += 1
+
     def _decide(self) -> None:
         self._learn()
         if not self._requests:

@@ -82,6 +82,17 @@ def test_the_load_changes() -> None:
     assert engine.cadence.interval == 1
 
 
+def test_steps_without_work_are_waited_for_no_longer_than_others() -> None:
+    paced = PrefillCadence(4)
+    assert paced.defers(0.0) is True
+    paced.note(200, 1, 1, 1)
+    waits = []
+    for now in range(1, 5):
+        waits.append(paced.defers(float(now)))
+        paced.idle()
+    assert waits == [True, True, True, False]
+
+
 def test_a_pause_is_no_step() -> None:
     paced = PrefillCadence()
     for now in (0.0, 0.005):

@@ -51,8 +51,8 @@ def install(scheduler: ModuleType) -> None:
             read, begun = prompts(output), [new.req_id for new in output.scheduled_new_reqs]
             new_prompts = sum(name in read for name in begun)
             cadence.note(sum(read.values()), new_prompts, len(begun), len(output.num_scheduled_tokens))
-        else:  # nothing to do, for as long as it takes
-            cadence.pause()
+        else:
+            cadence.idle()
         return output
 
     patching.replace(scheduler.Scheduler, "schedule", schedule)
