@@ -12,14 +12,13 @@ these loads, measured again, and not of others.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu.load_points import ratios, read_points
+from gpu.load_points import by_temperature, check_engines, ratios, read_points
 from gpu.names import Record, label, parse_engines
 
 
@@ -29,15 +28,12 @@ def main() -> None:
     parser.add_argument("--of", default="tree:auto", metavar="tree:auto")
     parser.add_argument("--to", type=parse_engines, metavar="none,own,...", help="default: all others")
     args = parser.parse_args()
-    others = args.to or [name for name in measured_engines(args.results) if name != args.of]
-    for temperature, points in read_points(args.results, [args.of, *others]).items():
-        print("\n".join(table(points, args.of, others, f"temperature {temperature:g}")), end="\n\n")
-
-
-def measured_engines(results: Path) -> list[str]:
-    """In the order of the first round, which is --engines'."""
-    points = json.loads(results.read_text())["points"]
-    return list(points[0]["rounds"][0]) if points else []
+    points = read_points(args.results)
+    # In the order of a round, which is --engines'.
+    others = args.to or [name for name in points[0]["rounds"][0] if name != args.of]
+    check_engines(args.results, points, [args.of, *others])
+    for temperature, its_points in by_temperature(points).items():
+        print("\n".join(table(its_points, args.of, others, f"temperature {temperature:g}")), end="\n\n")
 
 
 def table(points: Sequence[Record], name: str, others: Sequence[str], title: str) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu.load_points import ratios, read_points
+from gpu.load_points import by_temperature, check_engines, ratios, read_points
 from gpu.names import NONE, Record, label, parse_engines
 
 COLOURS = ("#8a8f98", "#3b6fb6", "#b9772a", "#1a8f5f", "#8e4fa8", "#c0392b")
@@ -32,8 +32,9 @@ class SpeedUp(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    points = read_points(args.results, (*args.engines, NONE))
-    save(picture(points, args.engines), args.output)
+    points = read_points(args.results)
+    check_engines(args.results, points, (*args.engines, NONE))
+    save(picture(by_temperature(points), args.engines), args.output)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,25 +6,34 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gpu.names import Record
 
 
-def read_points(results: Path, names: Iterable[str]) -> dict[float, list[Record]]:
-    """By temperature, fewest users first. Raises SystemExit where the file lacks what is to be compared."""
-    points = json.loads(results.read_text())["points"]
+def read_points(results: Path) -> list[Record]:
+    """As they were measured. Raises SystemExit where there is none, or of several contexts."""
+    points: list[Record] = json.loads(results.read_text())["points"]
     contexts = {point["context"] for point in points}
     if len(contexts) != 1:
         raise SystemExit(f"{results}: points of one --contexts are compared, found {sorted(contexts)}")
+    return points
+
+
+def check_engines(results: Path, points: Sequence[Record], names: Iterable[str]) -> None:
+    """Raise SystemExit where one of these cannot be compared."""
     for name in names:
         for point in points:
             check(results, point, name)
-    by_temperature = defaultdict(list)
+
+
+def by_temperature(points: Iterable[Record]) -> dict[float, list[Record]]:
+    """Fewest users first."""
+    found = defaultdict(list)
     for point in sorted(points, key=lambda point: (point["temperature"], point["requests"])):
-        by_temperature[float(point["temperature"])].append(point)
-    return dict(by_temperature)
+        found[float(point["temperature"])].append(point)
+    return dict(found)
 
 
 def check(results: Path, point: Record, name: str) -> None:

@@ -47,13 +47,13 @@ def results_of(folder: Path, points: list[dict[str, Any]] = POINTS) -> Path:
 
 
 def test_ratios_are_those_of_rounds(plot: ModuleType, tmp_path: Path) -> None:
-    points = plot.read_points(results_of(tmp_path), ["own"])
+    points = plot.by_temperature(plot.read_points(results_of(tmp_path)))
     assert plot.speed_ups(points[0.0], "own") == [(8, 3.0, 1.5, 4.0), (32, 1.5, 1.5, 1.5)]
 
 
-def test_a_panel_for_each_temperature(plot: ModuleType, tmp_path: Path) -> None:
+def test_a_panel_for_each_temperature(plot: ModuleType) -> None:
     pytest.importorskip("matplotlib")
-    first, second = plot.picture(plot.read_points(results_of(tmp_path), ["own"]), ["own"]).axes
+    first, second = plot.picture(plot.by_temperature(POINTS), ["own"]).axes
     assert [panel.get_title(loc="left") for panel in (first, second)] == ["temperature 0", "temperature 1"]
     assert list(first.lines[1].get_ydata()) == [3.0, 1.5]
     assert list(second.lines[1].get_ydata()) == [0.5]

@@ -42,10 +42,10 @@ def install(scheduler: ModuleType) -> None:
             return plan(self, throttle_prefills)
         if not self.running:  # since then nobody may have asked for anything
             cadence.pause()
-        waited = cadence.interval > 1
+        interval_before = cadence.interval
         waits = cadence.defers(time.perf_counter()) and may_wait(self.running)
         output = plan(self, throttle_prefills or waits)
-        if not waited and cadence.interval > 1:
+        if interval_before == 1 < cadence.interval:
             _tell(cadence)
         if output.total_num_scheduled_tokens:
             read, begun = prompts(output), [new.req_id for new in output.scheduled_new_reqs]

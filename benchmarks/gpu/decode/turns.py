@@ -16,5 +16,6 @@ def orders(names: Sequence[str], seed: int) -> Iterator[tuple[str, ...]]:
     if len(names) <= MOST_IN_EVERY_ORDER:
         every = list(itertools.permutations(names))
         yield from itertools.cycle(rng.sample(every, len(every)))
-    while True:
-        yield tuple(rng.sample(names, len(names)))
+    else:
+        while True:
+            yield tuple(rng.sample(names, len(names)))
