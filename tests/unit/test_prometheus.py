@@ -134,6 +134,7 @@ def test_trees_that_follow_the_load(made_by: Any) -> None:
     prom.observe(stats_of(6, [(6, 3)], StepReport(budget=BudgetInForce(0, 0))))
     assert value("vllm_dflash:tree_budget_nodes_per_request") == 0
     assert by_position("vllm_dflash:spec_decode_num_accepted_tokens_per_pos_total", 4) == [2, 2, 2, None]
+    assert by_position("vllm:spec_decode_num_accepted_tokens_per_pos_total", 7) == [2, 2, 2, 0, 0, 0, None]
 
 
 def test_engines_apart(made_by: Any) -> None:

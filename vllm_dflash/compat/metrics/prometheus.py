@@ -72,6 +72,9 @@ def _replace_in(logger_class: Any) -> None:
             if is_ours(speculative_config):
                 shape = tree_shape(speculative_config)
                 positions = shape.num_depths if shape else speculative_config.num_speculative_tokens
+                # A tree has more nodes than depths, and every counter costs the host time at each step.
+                for counters in self.counter_spec_decode_num_accepted_tokens_per_pos.values():
+                    del counters[positions:]
                 families = Families(logger_class, labelnames, is_auto=shape is not None and shape.is_auto)
                 self.dflash = {
                     index: EngineMetrics(families, labels, positions)
@@ -143,10 +146,8 @@ class EngineMetrics:
         """One step, as vLLM's SpecDecodingStats have it."""
         self._drafts.inc(stats.num_draft_tokens_per_pos[0])  # `num_drafts` counts those of which nothing was verified
         self._nodes.inc(stats.num_draft_tokens)
-        for counter, count in zip(self._accepted, stats.num_accepted_tokens_per_pos, strict=False):
-            counter.inc(count)
-        for counter, count in zip(self._drafted, stats.num_draft_tokens_per_pos, strict=False):
-            counter.inc(count)
+        _add(self._accepted, stats.num_accepted_tokens_per_pos)
+        _add(self._drafted, stats.num_draft_tokens_per_pos)
         report = wire.decode(stats.num_draft_tokens_per_pos[stats.num_spec_tokens :])
         if report is not None:
             self._observe(report)
@@ -165,3 +166,10 @@ class EngineMetrics:
                 self._budget, (nodes, nodes / requests if requests else 0.0, requests), strict=True
             ):
                 gauge.set(value)
+
+
+def _add(counters: list[Any], counts: list[int]) -> None:
+    """To each counter its count. There may be more of these."""
+    for counter, count in zip(counters, counts, strict=False):
+        if count:  # most are not, at most steps
+            counter.inc(count)

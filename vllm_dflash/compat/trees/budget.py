@@ -39,7 +39,7 @@ PROBE_STEPS = 48
 #: Overheads are looked at every so many steps, and ranks of a tensor-parallel group agree on them.
 _OVERHEAD_STEPS = 32
 #: Where the host is slower than the device whatever is verified, it decides for so many steps at once.
-_SETTLED_STEPS = 8
+_SETTLED_STEPS = 16
 _LOG_SECONDS = 30.0
 
 
@@ -121,7 +121,8 @@ class TreeBudget:
         self.num_reqs = num_reqs
         if self._settled is not None and self._settled.holds(num_reqs, num_rows, self._num_planned):
             self._chosen, self.drafts = self._num_planned, True
-            self._overhead.note(self._settled.gpu_ms, drafts=True)
+            if self._settled.is_last:
+                self._overhead.note(self._settled.gpu_ms, drafts=True)
             return num_rows
         return self._decide(num_tokens_per_req, planned, costs)
 
@@ -207,12 +208,13 @@ class TreeBudget:
         return bounds[: num_reqs + 1], self._query_start_loc, self._chosen
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
-        """The step has drafted, or not."""
+        """The step has drafted, or not. Of settled steps only those at the end look at the device."""
         self._overhead.waited(self._likelihoods.read())
-        if self.drafts and (self._settled is None or self._settled.ends_soon):
-            self._likelihoods.copy(self._store.trees.probs, input_batch.idx_mapping_np)
-        else:
-            self._likelihoods.mark()
+        if self._settled is None or self._settled.ends_soon:
+            if self.drafts:
+                self._likelihoods.copy(self._store.trees.probs, input_batch.idx_mapping_np)
+            else:
+                self._likelihoods.mark()
         self._has_drafts = self.drafts
 
     @property
@@ -286,6 +288,11 @@ class _Settled:
     def ends_soon(self) -> bool:
         """Whether the next decision will read what is drafted now, a step later."""
         return self.steps_left <= 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next step is decided for: the host has seen how far the device was a step ago."""
+        return self.steps_left == 0
 
 
 class _Log:

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import current_stream
 
 #: How much of what is expected of a new request's tree is the last news, and how often it is asked for.
 _NEWS, _NEWS_STEPS = 0.25, 8
@@ -56,7 +57,7 @@ class HostLikelihoods:
         """Remember how far the device has been told to go."""
         self._is_marked = True
         if self._event is not None:
-            self._event.record()
+            self._event.record(current_stream())  # vLLM remembers it; torch looks it up
 
     def read(self) -> float:
         """Know what was copied before. Returns for how many milliseconds it waited for the device to come so far."""
