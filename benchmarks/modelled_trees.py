@@ -126,13 +126,16 @@ def modelled(shape: Record, point: Record, records: list[Record], chain_length: 
 
 
 def follow_the_load(num_reqs: int, context: float, records: list[Record], costs: StepCosts) -> Record:
-    """The same with a budget for each batch, shared out by one threshold."""
+    """The same with a budget for each batch, shared out by one threshold.
+
+    Whether anything is drafted is decided before the trees are there, so by what all of them give on average.
+    """
     rng, tokens, seconds, nodes = random.Random(num_reqs), 0.0, 0.0, 0
-    for _ in range(DRAWS):
-        batch = rng.choices(records, k=num_reqs)
-        likelihoods = np.sort(np.concatenate([record["likelihoods"] for record in batch]))[::-1]
-        choice = choose(likelihoods, num_reqs, num_reqs, num_reqs, context, costs)
-        drafts = choice.is_worth_drafting
+    batches = [rng.choices(records, k=num_reqs) for _ in range(DRAWS)]
+    trees = [np.sort(np.concatenate([record["likelihoods"] for record in batch]))[::-1] for batch in batches]
+    choices = [choose(likelihoods, num_reqs, num_reqs, num_reqs, context, costs) for likelihoods in trees]
+    drafts = bool(np.mean([choice.gain for choice in choices]) >= 0.0)
+    for batch, likelihoods, choice in zip(batches, trees, choices, strict=True):
         budget = choice.budget if drafts else 0
         threshold = likelihoods[budget - 1] if budget else 2.0
         accepted = sum(sum(record["likelihoods"][node] >= threshold for node in record["accepted"]) for record in batch)

@@ -4,7 +4,7 @@
 A node of likelihood p is expected to add p tokens, so the B likeliest nodes of all requests add the sum of theirs. What
 a step takes depends on its rows. The best B yields most expected tokens a second: the rule of CaDDTree
 (arXiv 2606.01813), for batches, with measured times instead of modelled ones. Where even that yields less than a step
-without drafts and without drafting, nothing is drafted for a while.
+without drafts and without drafting, and has done so on the average of the last trees, nothing is drafted for a while.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-#: Without drafts a step must be so much better before drafting stops: what is drafted next is not known.
-STOPPING_GAIN = 1.02
+#: The weight of the last trees in the average that drafting is judged by, once there have been so many.
+_NEWS = 1 / 16
 #: The device's part of a step that the host's hides surely.
 _HIDDEN = 0.9
 
@@ -90,7 +90,31 @@ class Choice:
     budget: int  # nodes of all requests
     expected: float  # tokens
     step_ms: float
-    is_worth_drafting: bool
+    gain: float  # tokens a request more than steps without drafting give in the same time
+
+    @property
+    def is_worth_drafting(self) -> bool:
+        """Whether steps like this one are better than those without drafting."""
+        return self.gain >= 0.0
+
+
+class DraftingGain:
+    """What drafting has gained lately, a request and step. Of one tree little follows for the next one.
+
+    Code is drafted well but for a name here and there: where the last tree says nothing, the next one may say much.
+    """
+
+    def __init__(self) -> None:
+        self._mean, self._count = 0.0, 0
+
+    def note(self, choice: Choice) -> None:
+        """Trees that have not been noted yet, and what they are worth."""
+        self._count += 1
+        self._mean += max(_NEWS, 1 / self._count) * (choice.gain - self._mean)
+
+    def is_worth_it(self, last: Choice) -> bool:
+        """Whether to draft: on the average, or because the last trees are better than that."""
+        return last.is_worth_drafting or (self._count > 0 and self._mean >= 0.0)
 
 
 def choose(
@@ -110,8 +134,8 @@ def choose(
     ms = costs.steps_ms(num_other_rows, num_other_rows + most, num_reqs, context)
     budget = int((expected / ms).argmax())
     tokens, step_ms = float(expected[budget]), float(ms[budget])
-    without = num_sampling / costs.step_ms(num_other_rows, num_reqs, context, drafts=False)
-    return Choice(budget, tokens, step_ms, is_worth_drafting=tokens / step_ms * STOPPING_GAIN >= without)
+    without = num_sampling * step_ms / costs.step_ms(num_other_rows, num_reqs, context, drafts=False)
+    return Choice(budget, tokens, step_ms, gain=(tokens - without) / max(1, num_sampling))
 
 
 def even_shares(

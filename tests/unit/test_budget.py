@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dflash.budget import StepCosts, choose, stepped
+from vllm_dflash.budget import Choice, DraftingGain, StepCosts, choose, stepped
 
 
 def costs(verify_ms: list[float], draft_ms: float = 0.0, context_ms: float = 0.0) -> StepCosts:
@@ -33,10 +33,42 @@ def test_rows_that_cost_as_much_as_they_give() -> None:
 
 
 def test_what_drafting_costs() -> None:
-    """Verifying 2.4 tokens instead of 1 pays for a draft of 1.4 steps, and, lest it is noise, for a little more."""
+    """Verifying 2.4 tokens instead of 1 pays for a draft of 1.4 steps, and for no longer one."""
     likelihoods, flat = np.array([0.9, 0.5]), [1.0] * 10
-    assert choose(likelihoods, 1, 1, 1, 0.0, costs(flat, draft_ms=1.41)).is_worth_drafting
-    assert not choose(likelihoods, 1, 1, 1, 0.0, costs(flat, draft_ms=1.6)).is_worth_drafting
+    pays, does_not = (choose(likelihoods, 1, 1, 1, 0.0, costs(flat, draft_ms)) for draft_ms in (1.3, 1.5))
+    assert pays.is_worth_drafting and pays.gain == pytest.approx(0.1)
+    assert not does_not.is_worth_drafting and does_not.gain == pytest.approx(-0.1)
+
+
+def test_gains_are_those_of_a_request() -> None:
+    """Two requests, 2 + 0.9 + 0.5 tokens in 1.5 ms instead of 2 in 1."""
+    choice = choose(np.array([0.9, 0.5]), 2, 2, 2, 0.0, costs([1.0] * 10, draft_ms=0.5))
+    assert choice.gain == pytest.approx((3.4 - 3.0) / 2)
+    # Prompts that end later: no token without drafts.
+    assert choose(np.array([0.9]), 0, 1, 1, 0.0, costs([1.0] * 10)).gain == pytest.approx(0.9)
+
+
+def test_one_tree_that_says_nothing_does_not_end_drafting() -> None:
+    gain = DraftingGain()
+    good, bad, fair = (Choice(1, 2.0, 1.0, value) for value in (1.0, -0.5, 0.1))
+    assert not gain.is_worth_it(bad) and gain.is_worth_it(good)
+    for _ in range(16):
+        gain.note(good)
+    for _ in range(17):
+        gain.note(bad)
+    assert gain.is_worth_it(bad)  # 1.5 * (15/16)**17 = 0.5007
+    gain.note(bad)
+    assert not gain.is_worth_it(bad)
+    assert gain.is_worth_it(fair)
+
+
+def test_the_first_trees_are_averaged_alike() -> None:
+    gain = DraftingGain()
+    for value in (-0.5, 0.8, -0.2):
+        gain.note(Choice(1, 2.0, 1.0, value))
+    assert gain.is_worth_it(Choice(1, 2.0, 1.0, -1.0))  # the mean of three is 0.1 / 3
+    gain.note(Choice(1, 2.0, 1.0, -0.2))
+    assert not gain.is_worth_it(Choice(1, 2.0, 1.0, -1.0))
 
 
 def test_overheads_of_either_kind() -> None:

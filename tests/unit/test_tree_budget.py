@@ -66,6 +66,38 @@ def test_trees_are_known_two_steps_later(one_rank: None) -> None:
     assert step(budget, {"a": 4, "b": 4}) == 2
 
 
+#: Of which a draft that takes half a step is worth it, with 2 tokens more, and is not, with a quarter of one.
+GOOD, BAD = [0.9, 0.8, 0.2, 0.1], [0.1, 0.08, 0.05, 0.02]
+
+
+def drafts_after(budget: TreeBudget, tree: list[float], is_prompt: bool = False) -> bool:
+    """One step of "a", which gets this tree if it drafts."""
+    budget._store.trees.probs = torch.tensor([tree] * 2)
+    step(budget, {"a": 0 if is_prompt else 4})
+    return budget.drafts
+
+
+def test_every_other_tree_says_nothing(one_rank: None) -> None:
+    budget = made_budget([1.0] * 12, draft_ms=0.5)
+    drafts_after(budget, GOOD, is_prompt=True)
+    assert all([drafts_after(budget, tree) for tree in [BAD, GOOD] * PROBE_STEPS])
+    only_bad = [drafts_after(budget, BAD) for _ in range(4 * PROBE_STEPS)]
+    assert sum(only_bad[PROBE_STEPS:]) == 3  # one in so many steps, whatever was before
+
+
+def test_a_tree_counts_once(one_rank: None) -> None:
+    """Also the last one before drafting stops: as soon as there is a good one again, a bad one is put up with."""
+    budget = made_budget([1.0] * 12, draft_ms=0.5)
+    drafts_after(budget, GOOD, is_prompt=True)
+    assert all([drafts_after(budget, GOOD) for _ in range(8)])
+    while drafts_after(budget, BAD):
+        pass
+    while not drafts_after(budget, GOOD):
+        pass
+    # The next decision does not know the good tree yet; two look at it; the last one looks at the first bad one.
+    assert [drafts_after(budget, BAD) for _ in range(4)] == [False, True, True, True]
+
+
 def test_nothing_is_verified_that_was_not_drafted(one_rank: None) -> None:
     """Drafting at the price of many steps stops; now and then it is tried again."""
     budget = made_budget([1.0] * 12, draft_ms=50.0)

@@ -24,7 +24,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dflash.budget import Choice, StepCosts, choose, even_shares
+from vllm_dflash.budget import Choice, DraftingGain, StepCosts, choose, even_shares
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
@@ -58,6 +58,7 @@ class TreeBudget:
         self._overhead = Overhead(overlaps=False)
         self._costs_in_force: StepCosts | None = None  # with the overheads seen last
         self._num_steps = self._num_without = 0
+        self._gain, self._num_noted = DraftingGain(), 0
         self._settled: _Settled | None = None
         # Of the step under way: nodes of all requests that were planned and that are verified; each request's rows,
         # and of these its planned nodes; bounds of their logits, if all is verified.
@@ -253,7 +254,10 @@ class TreeBudget:
 
     def _is_to_draft(self, choice: Choice) -> bool:
         """While nothing is drafted, trees are taken to be as likely as the last ones were."""
-        if choice.is_worth_drafting:
+        if self._num_noted < self._likelihoods.num_reads:
+            self._num_noted = self._likelihoods.num_reads
+            self._gain.note(choice)
+        if self._gain.is_worth_it(choice):
             self._num_without = 0
             return True
         self._num_without += 1

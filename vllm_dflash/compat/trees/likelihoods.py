@@ -28,7 +28,7 @@ class HostLikelihoods:
         self._event = torch.cuda.Event() if is_cuda else None
         self._is_marked = False
         self._copied: np.ndarray | None = None  # rows of the copy that is under way
-        self._num_reads = 0
+        self.num_reads = 0
 
     def expect_average(self, state_row: int) -> None:
         """Of a request that takes this row."""
@@ -81,7 +81,7 @@ class HostLikelihoods:
         """Take over what is on the host by now."""
         news = self._read_from[rows]
         self.known[rows] = news
-        if self._num_reads % _NEWS_STEPS == 0:
-            share = _NEWS if self._num_reads else 1.0
+        if self.num_reads % _NEWS_STEPS == 0:
+            share = _NEWS if self.num_reads else 1.0
             self.average = (1 - share) * self.average + share * news.mean(axis=0)
-        self._num_reads += 1
+        self.num_reads += 1
