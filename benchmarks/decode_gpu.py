@@ -8,9 +8,10 @@ The engines: "none"; "own", vLLM's dflash, of all the block holds or of so many 
 with vLLM's adaptive verification; "ours" or "ours:7", this plugin's chains; "paced" or "paced:7", these with prompts
 admitted several at once where that pays; "tree:31" or "tree:auto", its draft trees.
 
-One process per engine. They start side by side and then compute one at a time, point by point, so that a card that
-drifts slows all of them alike. A point is a number of concurrent requests and a prompt length. What is measured is the
-steady region of each run: from where every request has output to where the first one ends; prefill is left out.
+One process per engine. They start side by side, those that time their own steps at their start alone, and then compute
+one at a time, point by point, so that a card that drifts slows all of them alike. A point is a number of concurrent
+requests and a prompt length. What is measured is the steady region of each run: from where every request has output
+to where the first one ends; prefill is left out.
 
 Without --real, acceptance is fixed by vLLM's synthetic rejection: equal for both drafters, so the ratio of step times
 is the ratio of speeds, and tokens/s are requests * acceptance length / step. With --real, drafts are accepted as they

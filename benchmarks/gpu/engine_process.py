@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from gpu.names import Record, is_ours
+from gpu.names import Record, is_ours, measures_itself
 from gpu.output import say
 
 
@@ -78,19 +78,32 @@ class Engine:
 def started_engines(
     jobs: dict[str, Record], script: str, environments: dict[str, dict[str, str]], logs: Path, timeout: float
 ) -> Iterator[tuple[dict[str, Engine], dict[str, Record]]]:
-    """Start all engines side by side; yields them and what each says of itself. None is left running."""
+    """Start all engines; yields them and what each says of itself, in the order of `jobs`. None is left running.
+
+    `timeout`, s, is for all that start side by side.
+    """
     say(f"starting {len(jobs)} engines; their output: {logs}")
-    engines = {name: Engine(name, script, job, environments[name], logs / f"{name}.log") for name, job in jobs.items()}
+    engines: dict[str, Engine] = {}
+    facts: dict[str, Record] = {}
     try:
-        facts = {}
-        deadline = time.monotonic() + timeout
-        for name, engine in engines.items():
-            facts[name] = engine.receive(max(1.0, deadline - time.monotonic()))
-            say(f"{name}: {json.dumps(facts[name])}")
-        yield engines, facts
+        for names in start_groups(jobs):
+            deadline = time.monotonic() + timeout
+            for name in names:
+                engines[name] = Engine(name, script, jobs[name], environments[name], logs / f"{name}.log")
+            for name in names:
+                facts[name] = engines[name].receive(max(1.0, deadline - time.monotonic()))
+                say(f"{name}: {json.dumps(facts[name])}")
+        yield {name: engines[name] for name in jobs}, {name: facts[name] for name in jobs}
     finally:
         for engine in engines.values():
             engine.stop()
+
+
+def start_groups(names: Collection[str]) -> list[list[str]]:
+    """Engines that start side by side, and behind them one by one those that time their steps: others would disturb."""
+    timing = [name for name in names if measures_itself(name)]
+    together = [name for name in names if name not in timing]
+    return [group for group in (together, *([name] for name in timing)) if group]
 
 
 def environment(name: str) -> dict[str, str]:

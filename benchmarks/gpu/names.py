@@ -42,6 +42,11 @@ def is_ours(name: str) -> bool:
     return base(name) in (OURS, PACED, TREE)
 
 
+def measures_itself(name: str) -> bool:
+    """Whether the engine times its own steps when it starts."""
+    return base(name) == ADAPTIVE or (base(name) == TREE and size(name) == "auto")
+
+
 def check(name: str) -> None:
     """Raise ValueError for a name that says nothing."""
     number = size(name)

@@ -60,6 +60,14 @@ def test_speculation_by_name(job: ModuleType, name: str, expected: dict[str, Any
     assert job.speculation(name, workload) == {"method": "dflash", "model": "drafter"} | expected
 
 
+def test_who_measures_itself_starts_alone(job: ModuleType) -> None:
+    from gpu.engine_process import start_groups
+
+    names = {"none": 0, "adaptive": 0, "tree:63": 0, "tree:auto": 0, "paced": 0}
+    assert start_groups(names) == [["none", "tree:63", "paced"], ["adaptive"], ["tree:auto"]]
+    assert start_groups(["tree:auto"]) == [["tree:auto"]]
+
+
 def test_few_engines_take_turns_in_every_order(job: ModuleType) -> None:
     from gpu.decode.turns import orders
 
