@@ -224,9 +224,10 @@ def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypa
 def test_likelihoods_of_new_and_old_requests() -> None:
     known = HostLikelihoods(3, 2, CPU)
     probs = torch.tensor([[0.9, 0.5], [0.7, 0.1], [0.3, 0.2]])
+    assert known.read() is None  # nobody has looked how far the device is
     known.copy(probs, np.array([0, 1]))
     assert known.of(np.array([0])).tolist() == [[1.0, 1.0]]  # under way
-    known.read()
+    assert known.read() == 0.0
     assert known.of(np.array([0, 1])).tolist() == pytest.approx(probs[:2].double().numpy())
     known.expect_average(1)
     assert known.of(np.array([1]))[0].tolist() == pytest.approx([0.8, 0.3])
@@ -279,6 +280,18 @@ def test_where_the_device_sets_the_pace() -> None:
     overhead.begin_step()
     # The device: 12 - 9, 14 - 7. The host: 10 and 12 - 5 with drafting, 14 - 6 without.
     assert overhead.ms() == (pytest.approx((5.0, 5.0)), pytest.approx((8.0, 8.5)))
+
+
+def test_steps_in_which_nobody_looked_at_the_device_do_not_count() -> None:
+    """They may have waited for it anywhere."""
+    times = iter([0.0, 0.010, 0.040])
+    overhead = Overhead(overlaps=True, clock=lambda: next(times))
+    for waited_ms in (0.0, None):
+        overhead.begin_step()
+        overhead.waited(waited_ms)
+        overhead.note(4.0, True)
+    overhead.begin_step()
+    assert overhead.ms() == ((0.0, 0.0), pytest.approx((10.0, 10.0)))
 
 
 def test_steps_that_nobody_noted_do_not_count() -> None:

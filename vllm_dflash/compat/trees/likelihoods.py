@@ -59,9 +59,12 @@ class HostLikelihoods:
         if self._event is not None:
             self._event.record(current_stream())  # vLLM remembers it; torch looks it up
 
-    def read(self) -> float:
-        """Know what was copied before. Returns for how many milliseconds it waited for the device to come so far."""
-        waited_ms = self._wait() if self._is_marked else 0.0
+    def read(self) -> float | None:
+        """Know what was copied before. Returns for how many milliseconds it waited for the device to come so far.
+
+        None: nothing was marked, so that it did not look.
+        """
+        waited_ms = self._wait() if self._is_marked else None
         rows, self._copied, self._is_marked = self._copied, None, False
         if rows is not None and len(rows):
             self._learn(rows)

@@ -27,7 +27,7 @@ class _Step:
     start: float
     gpu_ms: float | None = None  # measured parts
     drafts: bool = False
-    waited_ms: float = 0.0
+    waited_ms: float | None = 0.0
 
 
 class _Seen:
@@ -62,7 +62,7 @@ class Overhead:
             took_ms = 1e3 * (now - step.start)
             if not self.overlaps:
                 self._device.note(step.drafts, took_ms - step.gpu_ms)
-            else:
+            elif step.waited_ms is not None:
                 self._host.note(step.drafts, took_ms - step.waited_ms)
                 if step.waited_ms > _WAITED_MS and before is not None and before.gpu_ms is not None:
                     self._device.note(before.drafts, took_ms - before.gpu_ms)
@@ -73,8 +73,8 @@ class Overhead:
         assert self._step is not None
         self._step.gpu_ms, self._step.drafts = gpu_ms, drafts
 
-    def waited(self, ms: float) -> None:
-        """In this step the host has waited so long for the device to end the one before."""
+    def waited(self, ms: float | None) -> None:
+        """In this step the host has waited so long for the device to end the one before; None: nobody has looked."""
         if self._step is not None:
             self._step.waited_ms = ms
 
