@@ -128,7 +128,8 @@ def modelled(shape: Record, point: Record, records: list[Record], chain_length: 
 def follow_the_load(num_reqs: int, context: float, records: list[Record], costs: StepCosts) -> Record:
     """The same with a budget for each batch, shared out by one threshold.
 
-    Whether anything is drafted is decided before the trees are there, so by what all of them give on average.
+    Whether anything is drafted is decided before the trees are there, so by what all of them give on average. (An
+    engine, which knows no more than its last trees, also drafts while these are better than that.)
     """
     rng, tokens, seconds, nodes = random.Random(num_reqs), 0.0, 0.0, 0
     batches = [rng.choices(records, k=num_reqs) for _ in range(DRAWS)]

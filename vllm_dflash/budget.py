@@ -4,7 +4,7 @@
 A node of likelihood p is expected to add p tokens, so the B likeliest nodes of all requests add the sum of theirs. What
 a step takes depends on its rows. The best B yields most expected tokens a second: the rule of CaDDTree
 (arXiv 2606.01813), for batches, with measured times instead of modelled ones. Where even that yields less than a step
-without drafts and without drafting, and has done so on the average of the last trees, nothing is drafted for a while.
+without drafts and without drafting, and has done so on average, nothing is drafted for a while.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-#: The weight of the last trees in the average that drafting is judged by, once there have been so many.
+#: The weight of the last trees in the running average that drafting is judged by; of the first ones it is the mean.
 _NEWS = 1 / 16
 #: The device's part of a step that the host's hides surely.
 _HIDDEN = 0.9
@@ -99,7 +99,7 @@ class Choice:
 
 
 class DraftingGain:
-    """What drafting has gained lately, a request and step. Of one tree little follows for the next one.
+    """What drafting has gained since it began, a request and step. Of one tree little follows for the next one.
 
     Code is drafted well but for a name here and there: where the last tree says nothing, the next one may say much.
     """
@@ -107,14 +107,18 @@ class DraftingGain:
     def __init__(self) -> None:
         self._mean, self._count = 0.0, 0
 
-    def note(self, choice: Choice) -> None:
-        """Trees that have not been noted yet, and what they are worth."""
-        self._count += 1
-        self._mean += max(_NEWS, 1 / self._count) * (choice.gain - self._mean)
+    def pays(self, last: Choice, is_new: bool) -> bool:
+        """Whether to draft: on the running average, or because the last trees are better than that.
 
-    def is_worth_it(self, last: Choice) -> bool:
-        """Whether to draft: on the average, or because the last trees are better than that."""
-        return last.is_worth_drafting or (self._count > 0 and self._mean >= 0.0)
+        `is_new`: they have not been asked about before.
+        """
+        if is_new:
+            self._count += 1
+            self._mean += max(_NEWS, 1 / self._count) * (last.gain - self._mean)
+        pays = last.is_worth_drafting or (self._count > 0 and self._mean >= 0.0)
+        if not pays:  # what was, under another load perhaps, does not count against the next attempt
+            self._mean, self._count = 0.0, 0
+        return pays
 
 
 def choose(

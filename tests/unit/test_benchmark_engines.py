@@ -68,6 +68,35 @@ def test_who_measures_itself_starts_alone(job: ModuleType) -> None:
     assert start_groups(["tree:auto"]) == [["tree:auto"]]
 
 
+def test_engines_are_given_back_as_asked_for(job: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that measures itself is started when the others have said that they are there."""
+    from gpu import engine_process
+
+    events: list[str] = []
+
+    class FakeEngine:
+        def __init__(self, name: str, *others: object) -> None:
+            self.name = name
+            events.append(f"{name} starts")
+
+        def receive(self, timeout: float) -> dict[str, str]:
+            events.append(f"{self.name} is there")
+            return {"name": self.name}
+
+        def stop(self) -> None:
+            events.append(f"{self.name} ends")
+
+    monkeypatch.setattr(engine_process, "Engine", FakeEngine)
+    names = ("tree:auto", "none", "ours")
+    jobs: dict[str, Any] = {name: {} for name in names}
+    with engine_process.started_engines(jobs, "script", {name: {} for name in names}, tmp_path, 9.0) as (found, facts):
+        assert list(found) == list(names)
+        assert facts == {name: {"name": name} for name in names}
+    started = ["none starts", "ours starts", "none is there", "ours is there", "tree:auto starts", "tree:auto is there"]
+    assert events[:6] == started
+    assert sorted(events[6:]) == ["none ends", "ours ends", "tree:auto ends"]
+
+
 def test_few_engines_take_turns_in_every_order(job: ModuleType) -> None:
     from gpu.decode.turns import orders
 

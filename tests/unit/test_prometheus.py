@@ -93,6 +93,17 @@ def test_drafts_of_varying_length(made_by: Any) -> None:
     assert by_position("vllm:spec_decode_num_accepted_tokens_per_pos_total", 3) == [2, 2, 0]
 
 
+def test_counters_of_nothing_are_left_alone(made_by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 15 positions most are accepted at few steps, and each call costs time at every one."""
+    prom = made_by(speculative_config())
+    added: list[float] = []
+    counters = [*prom.dflash[0]._accepted, *prom.dflash[0]._drafted]
+    for counter in counters:
+        monkeypatch.setattr(counter, "inc", added.append)
+    prom.observe(stats_of(3, [(2, 1)], StepReport()))
+    assert added == [1, 1, 1]
+
+
 def test_drafts_of_which_nothing_was_verified(made_by: Any) -> None:
     """Two of three, as when a grammar takes all tokens of a draft."""
     made_by(speculative_config()).observe(stats_of(3, [(0, 0), (3, 2), (0, 0)], StepReport()))
@@ -135,6 +146,7 @@ def test_trees_that_follow_the_load(made_by: Any) -> None:
     assert value("vllm_dflash:tree_budget_nodes_per_request") == 0
     assert by_position("vllm_dflash:spec_decode_num_accepted_tokens_per_pos_total", 4) == [2, 2, 2, None]
     assert by_position("vllm:spec_decode_num_accepted_tokens_per_pos_total", 7) == [2, 2, 2, 0, 0, 0, None]
+    assert len(prom.counter_spec_decode_num_accepted_tokens_per_pos[0]) == 3  # no step touches the others
 
 
 def test_engines_apart(made_by: Any) -> None:

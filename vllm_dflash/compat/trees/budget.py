@@ -112,6 +112,7 @@ class TreeBudget:
     def add_request(self, req_idx: int) -> None:
         """A request takes a row of the state."""
         self._likelihoods.expect_average(req_idx)
+        self._settled = None
 
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Rows that the step runs, of those that were planned."""
@@ -122,7 +123,7 @@ class TreeBudget:
         self.num_reqs = num_reqs
         if self._settled is not None and self._settled.holds(num_reqs, num_rows, self._num_planned):
             self._chosen, self.drafts = self._num_planned, True
-            if self._settled.is_last:
+            if self._settled.is_watched:
                 self._overhead.note(self._settled.gpu_ms, drafts=True)
             return num_rows
         return self._decide(num_tokens_per_req, planned, costs)
@@ -254,10 +255,8 @@ class TreeBudget:
 
     def _is_to_draft(self, choice: Choice) -> bool:
         """While nothing is drafted, trees are taken to be as likely as the last ones were."""
-        if self._num_noted < self._likelihoods.num_reads:
-            self._num_noted = self._likelihoods.num_reads
-            self._gain.note(choice)
-        if self._gain.is_worth_it(choice):
+        num_noted, self._num_noted = self._num_noted, self._likelihoods.num_reads
+        if self._gain.pays(choice, is_new=num_noted < self._num_noted):
             self._num_without = 0
             return True
         self._num_without += 1
@@ -290,13 +289,13 @@ class _Settled:
 
     @property
     def ends_soon(self) -> bool:
-        """Whether the next decision will read what is drafted now, a step later."""
-        return self.steps_left <= 1
+        """Whether this step leaves a mark that the next one looks at, and what it drafts for the next decision."""
+        return self.steps_left <= 2
 
     @property
-    def is_last(self) -> bool:
-        """Whether the next step is decided for: the host has seen how far the device was a step ago."""
-        return self.steps_left == 0
+    def is_watched(self) -> bool:
+        """Whether the step before has left a mark: in this one the host looks how far the device is."""
+        return self.steps_left <= 1
 
 
 class _Log:

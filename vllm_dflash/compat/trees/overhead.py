@@ -27,7 +27,7 @@ class _Step:
     start: float
     gpu_ms: float | None = None  # measured parts
     drafts: bool = False
-    waited_ms: float | None = 0.0
+    waited_ms: float | None = None
 
 
 class _Seen:
