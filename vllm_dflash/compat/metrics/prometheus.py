@@ -171,5 +171,5 @@ class EngineMetrics:
 def _add(counters: list[Any], counts: list[int]) -> None:
     """To each counter its count. There may be more of these."""
     for counter, count in zip(counters, counts, strict=False):
-        if count:  # most are not, at most steps
+        if count:  # at most steps most are 0
             counter.inc(count)
