@@ -28,6 +28,8 @@ RAY, SERVE = (str(Path(VLLM).with_name(name)) for name in ("ray", "serve"))
 #: Of one engine's start beside another one under load, on busy cores; below the limit of a test.
 TIMEOUT_S = 400
 REQUEST_TIMEOUT_S = 60
+#: Ray collects metrics so often.
+REPORT_S = 4
 
 
 class RayCluster:
@@ -75,7 +77,8 @@ def ray_cluster(folder: Path) -> Iterator[RayCluster]:
             RAY_AUTH_MODE="disabled",
             RAY_USAGE_STATS_ENABLED="0",
             RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
-            RAY_metrics_report_interval_ms="1000",
+            # Counters travel as differences, and one that is not taken within half of this is lost for good.
+            RAY_metrics_report_interval_ms=str(1000 * REPORT_S),
             RAY_process_group_cleanup_enabled="1",
             RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING="0",  # there is one endpoint for both nodes
             RAY_worker_niceness="0",  # the default is 15, and the clients would come first
