@@ -21,6 +21,9 @@ Without --real, prompts of --shared-from tokens and more are one common prefix (
 their own, because three engines share the card's memory. Attention then reads some blocks for all requests, in every
 engine alike.
 
+With --cores, all engines of a round compute on the same few cores, those of the next round on others: where a machine's
+cores are not alike, as others work on some of them, that is no difference between engines.
+
 With --arrivals, a point is a number of users, each of whom asks again a little after an answer is complete, for answers
 of a quarter of --output-tokens up to all of them. Prompts then run beside decode steps, and batches grow and shrink.
 
@@ -42,6 +45,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from gpu.card import CardMonitor
+from gpu.cores import core_groups
 from gpu.decode.child import serve
 from gpu.decode.job import engine_job
 from gpu.decode.report import markdown
@@ -105,6 +109,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--profile", type=parse_numbers, default=(), help="numbers of requests to trace at")
     parser.add_argument("--profile-engine", type=parse_engines, default=(OURS,), metavar="none,own,ours")
     parser.add_argument("--profile-dir", type=Path, default=Path("profile"))
+    parser.add_argument("--cores", type=parse_cores, default=[[]], help="so many a round; default: wherever it pleases")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no point starts after it")
     parser.add_argument("--start-timeout", type=float, default=420.0)
     parser.add_argument("--run-timeout", type=float, default=180.0, help="seconds for one run of one engine")
@@ -126,6 +131,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
+
+
+def parse_cores(text: str) -> list[list[int]]:
+    try:
+        return core_groups(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_temperatures(text: str) -> tuple[float, ...]:
@@ -191,6 +203,7 @@ class Benchmark:
             else:
                 prompts = self.workload.prompts(context, count, seed=1000 * index + number, turn=number)
                 request = self.workload.request(prompts, temperature)
+            request["cores"] = self.args.cores[number % len(self.args.cores)]
             answers = {name: self._turn(engines[name], request) for name in order}
             outputs.append({name: answer.pop("token_ids", []) for name, answer in answers.items()})
             rounds.append({name: answers[name] for name in engines})

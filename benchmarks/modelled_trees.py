@@ -2,7 +2,7 @@
 """Tokens a second of draft trees on a large target, MODELLED from what a small trained pair drafts and accepts.
 
     python benchmarks/decode_gpu.py --requests 1,8,32,64,128,256 --contexts 512 --engines none,own --save shape.json
-    python benchmarks/modelled_trees.py --pair DIR --shape shape.json
+    python benchmarks/modelled_trees.py --pair DIR --shape shape.json --temperature 0,1
 
 No large trained pair can be had where there is no network, so three measurements are put together:
 
@@ -47,10 +47,13 @@ DRAWS = 200  # batches for each number of requests
 def main() -> None:
     args = parse_arguments()
     shape = json.loads(args.shape.read_text())
-    records, chain_length = measure_pair(args)
+    measured = measure_pair(args)
     costs = measure_shape(args)
-    rows = [modelled(shape, point, records, chain_length, costs) for point in shape["points"]]
-    text = report(args, rows, records, chain_length)
+    parts = [heading(args)]
+    for temperature, (records, chain_length) in zip(args.temperature, measured, strict=True):
+        rows = [modelled(point, records, chain_length, costs) for point in shape["points"]]
+        parts.append(section(temperature, rows, records, chain_length))
+    text = "\n".join(parts)
     print(text)
     if args.output is not None:
         write_whole(args.output, text)
@@ -62,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", type=Path, required=True, help="decode_gpu.py's --save of engines none and own")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=192)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=decode_gpu.parse_temperatures, default=(0.0,), metavar="0,1")
     parser.add_argument("--start-timeout", type=float, default=420.0)
     parser.add_argument("--output", type=Path, help="write the report there (markdown)")
     return parser.parse_args()
@@ -71,42 +74,54 @@ def parse_arguments() -> argparse.Namespace:
 def workload_of(args: argparse.Namespace, pair: Path | None, engines: Sequence[str], requests: int) -> Workload:
     """As decode_gpu.py would have it."""
     given = ["--engines", ",".join(engines), "--requests", str(requests), "--contexts", "512", "--dtype", "bfloat16"]
-    given += ["--output-tokens", str(args.output_tokens), "--temperature", str(args.temperature)]
+    given += ["--output-tokens", str(args.output_tokens)]
     if pair is not None:
         given += ["--pair", str(pair), "--real", "--engine-args", '{"gpu_memory_utilization": 0.05}']
     return Workload(decode_gpu.parse_arguments(given), Path(tempfile.mkdtemp(prefix="modelled-trees-")))
 
 
-def ask_engines(args: argparse.Namespace, workload: Workload, requests: dict[str, Record]) -> dict[str, Record]:
-    """One answer of each engine, side by side only while they start."""
+def ask_engines(
+    args: argparse.Namespace, workload: Workload, requests: list[dict[str, Record]]
+) -> list[dict[str, Record]]:
+    """One answer of each engine to each of these. They are side by side only while they start."""
     names = workload.args.engines
     jobs, environments = {n: engine_job(n, workload) for n in names}, {n: environment(n) for n in names}
     folder = Path(tempfile.mkdtemp(prefix="modelled-trees-"))
     with started_engines(jobs, __file__, environments, folder, args.start_timeout) as (engines, _):
-        return {name: engines[name].ask(requests[name], 300.0) for name in names}
+        return [{name: engines[name].ask(request[name], 300.0) for name in names} for request in requests]
 
 
-def measure_pair(args: argparse.Namespace) -> tuple[list[Record], float]:
-    """Recorded trees, and the acceptance length of chains of the same prompts."""
+def measure_pair(args: argparse.Namespace) -> list[tuple[list[Record], float]]:
+    """At each temperature recorded trees, and the acceptance length of chains of the same prompts."""
     workload = workload_of(args, args.pair, (RECORDED, CHAIN), args.prompts)
     prompts = workload.prompts(256, args.prompts, seed=0)
-    batch = workload.request(prompts) | {"counters": True}
-    answers = ask_engines(args, workload, {RECORDED: batch | {"record": True}, CHAIN: batch})
-    recorded, chain = answers[RECORDED], answers[CHAIN]
-    if recorded["odd"] > len(recorded["records"]) / 20:
+    batches = [workload.request(prompts, temperature) | {"counters": True} for temperature in args.temperature]
+    answers = ask_engines(args, workload, [{RECORDED: batch | {"record": True}, CHAIN: batch} for batch in batches])
+    return [(records_of(answer[RECORDED]), length_of(answer[CHAIN])) for answer in answers]
+
+
+def records_of(recorded: Record) -> list[Record]:
+    """Trees and the ways through them. Raises SystemExit where these do not belong together."""
+    records: list[Record] = recorded["records"]
+    if recorded["odd"] > len(records) / 20:
         raise SystemExit(f"{recorded['odd']} ways do not belong to the trees before them: nothing can be modelled")
-    return recorded["records"], 1 + chain["accepted"] / chain["drafts"]
+    return records
+
+
+def length_of(chain: Record) -> float:
+    """Acceptance length."""
+    return 1 + float(chain["accepted"]) / chain["drafts"]
 
 
 def measure_shape(args: argparse.Namespace) -> StepCosts:
     """What steps of the large shape take."""
     workload = workload_of(args, None, (LARGE,), 256)
-    found = ask_engines(args, workload, {LARGE: {"costs": True}})[LARGE]
+    found = ask_engines(args, workload, [{LARGE: {"costs": True}}])[0][LARGE]
     arrays = (np.array(found["verify_ms"]), np.array(found["draft_ms"]))
     return StepCosts(*arrays, found["context_ms"], np.array(found["profiled_context"]))
 
 
-def modelled(shape: Record, point: Record, records: list[Record], chain_length: float, costs: StepCosts) -> Record:
+def modelled(point: Record, records: list[Record], chain_length: float, costs: StepCosts) -> Record:
     """Tokens a second of each setting at one number of requests."""
     num_reqs, context = point["requests"], float(point["requests"] * point["context"])
     step_ms = {name: float(np.median([turn[name]["ms_step"] for turn in point["rounds"]])) for name in (NONE, OWN)}
@@ -145,20 +160,23 @@ def follow_the_load(num_reqs: int, context: float, records: list[Record], costs:
     return {"auto": tokens / seconds, "auto's nodes a request": nodes / DRAWS / num_reqs}
 
 
-def report(args: argparse.Namespace, rows: list[Record], records: list[Record], chain_length: float) -> str:
+def heading(args: argparse.Namespace) -> str:
     facts = run_facts()
+    return f"""# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {facts["hardware"]}
+
+{facts["date"]}. Trees and acceptance of the pair in `{args.pair}`.
+Steps of no speculation and of vLLM's own are measured; all else is put together, as the script's text tells.
+
+    {facts["command"]}
+"""
+
+
+def section(temperature: float, rows: list[Record], records: list[Record], chain_length: float) -> str:
+    """One temperature."""
     lengths = {n: 1 + np.mean([sum(node < n for node in r["accepted"]) for r in records]) for n in (7, 31, 63)}
     of_trees = ", ".join(f"{length:.2f} of {n} nodes" for n, length in lengths.items())
-    lines = [
-        f"# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {facts['hardware']}",
-        "",
-        f"{facts['date']}. {len(records)} recorded trees of the pair in `{args.pair}`, at temperature",
-        f"{args.temperature:g}: acceptance length {chain_length:.2f} of chains, {of_trees}.",
-        "Steps of no speculation and of vLLM's own are measured; all else is put together, as the script's text tells.",
-        "",
-        f"    {facts['command']}",
-        "",
-    ]
+    trees = f"{len(records)} recorded trees: acceptance length {chain_length:.2f} of chains, {of_trees}."
+    lines = [f"## Temperature {temperature:g}", "", trees, ""]
     names = list(rows[0])
     lines += ["| " + " | ".join([*names, "auto / vLLM's own", "auto / none"]) + " |", "|" + "--:|" * (len(names) + 2)]
     for row in rows:

@@ -15,10 +15,11 @@ import torch
 from vllm_dflash.budget import StepCosts
 from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.trees import budget as budget_module
-from vllm_dflash.compat.trees.budget import PROBE_STEPS, TreeBudget
+from vllm_dflash.compat.trees.budget import TreeBudget
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
 from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
 from vllm_dflash.compat.trees.overhead import Overhead
+from vllm_dflash.drafting_rule import COMPARE_FIRST, COMPARED_STEPS, PROBE_STEPS
 
 CPU = torch.device("cpu")
 NODES = 4
@@ -80,7 +81,9 @@ def drafts_after(budget: TreeBudget, tree: list[float], is_prompt: bool = False)
 def test_every_other_tree_says_nothing(one_rank: None) -> None:
     budget = made_budget([1.0] * 12, draft_ms=0.5)
     drafts_after(budget, GOOD, is_prompt=True)
-    assert all([drafts_after(budget, tree) for tree in [BAD, GOOD] * PROBE_STEPS])
+    assert all([drafts_after(budget, tree) for tree in [BAD, GOOD] * (COMPARE_FIRST // 2 - 1)])
+    after = [drafts_after(budget, tree) for tree in [BAD, GOOD] * PROBE_STEPS]
+    assert after.count(False) == COMPARED_STEPS
     only_bad = [drafts_after(budget, BAD) for _ in range(4 * PROBE_STEPS)]
     assert sum(only_bad[PROBE_STEPS:]) == 3  # one in so many steps, whatever was before
 
@@ -99,6 +102,23 @@ def test_after_a_good_tree_bad_ones_are_put_up_with(one_rank: None) -> None:
     assert any(drafts_after(budget, GOOD) for _ in range(PROBE_STEPS))
     # The next decision does not know the good tree yet; two look at it; the last one looks at the first bad one.
     assert [drafts_after(budget, BAD) for _ in range(4)] == [False, True, True, True]
+
+
+def test_a_host_that_drafting_keeps_busy_is_found_out(one_rank: None) -> None:
+    """Steps of 10 ms with drafts, of this step or the one before, and of 2 ms without: 3 tokens are not worth that.
+
+    Until some without have been seen, they are taken to be as long as the others.
+    """
+    budget, now = made_budget([1.0] * 12, draft_ms=0.5), [0.0]
+    budget._overhead = Overhead(overlaps=True, clock=lambda: now[0])
+    drafted: list[bool] = []
+    while len(drafted) < 8 * COMPARE_FIRST + 2 * PROBE_STEPS:
+        before = budget.drafts
+        drafted.append(drafts_after(budget, GOOD, is_prompt=not drafted))
+        now[0] += 0.010 if budget.drafts or before else 0.002
+    compared = drafted[COMPARE_FIRST - 1 :][:COMPARED_STEPS]
+    assert all(drafted[: COMPARE_FIRST - 1]) and not any(compared)
+    assert sum(drafted[-2 * PROBE_STEPS :]) == 2
 
 
 def test_nothing_is_verified_that_was_not_drafted(one_rank: None) -> None:
@@ -203,7 +223,7 @@ def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypa
     budget._costs_in_force = budget.costs and budget.costs.with_overheads((0.0, 0.0), (99.0, 99.0))
     copies: list[int] = []
     marks: list[int] = []
-    noted: list[int] = []
+    looked: list[int] = []
     verified: list[int] = []
     for name, seen in (("copy", copies), ("mark", marks)):
         method = getattr(budget._likelihoods, name)
@@ -211,13 +231,12 @@ def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypa
         monkeypatch.setattr(budget._likelihoods, name, spy)
     while len(verified) < 28:
         verified.append(step(budget, {"a": 4, "b": 4}))
-        assert budget._overhead._step is not None
-        if budget._overhead._step.gpu_ms is not None:
-            assert budget._overhead._step.gpu_ms == 50.0
-            noted.append(len(verified) - 1)
+        assert budget._overhead._step is not None and budget._overhead._step.gpu_ms == 50.0
+        if budget._overhead._step.waited_ms is not None:
+            looked.append(len(verified) - 1)
     assert verified == [8] * 28
     assert copies == marks == [13, 14, 15]
-    assert noted == [0, 14, 15, 16]
+    assert looked == [0, 14, 15, 16]
     assert step(budget, {"a": 4}) == 4  # another batch is decided for by itself
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from gpu.cores import keep_to
 from gpu.decode.batch import run_batch, steady_region
 from gpu.decode.draft_graph import time_draft_graph
 from gpu.decode.load import Load, run_load
@@ -30,6 +31,8 @@ def serve(connection: Connection) -> None:
 
 def answer(llm: Any, request: Record) -> Record:
     """What a request asks for: a figure of the engine, a time of load, or else a batch."""
+    if request.get("cores"):
+        keep_to(request["cores"])
     if "draft_graph" in request:
         return time_draft_graph(llm, request["draft_graph"])
     if request.get("costs"):
