@@ -15,6 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
+#: The weight of the last trees in the running average that drafting is judged by; of the first ones it is the mean.
+_NEWS = 1 / 16
 #: The device's part of a step that the host's hides surely.
 _HIDDEN = 0.9
 
@@ -94,6 +96,29 @@ class Choice:
     def is_worth_drafting(self) -> bool:
         """Whether steps like this one are better than those without drafting."""
         return self.gain >= 0.0
+
+
+class DraftingGain:
+    """What drafting has gained since it began, a request and step. Of one tree little follows for the next one.
+
+    Code is drafted well but for a name here and there: where the last tree says nothing, the next one may say much.
+    """
+
+    def __init__(self) -> None:
+        self._mean, self._count = 0.0, 0
+
+    def pays(self, last: Choice, is_new: bool) -> bool:
+        """Whether to draft: on the running average, or because the last trees are better than that.
+
+        `is_new`: they have not been asked about before.
+        """
+        if is_new:
+            self._count += 1
+            self._mean += max(_NEWS, 1 / self._count) * (last.gain - self._mean)
+        pays = last.is_worth_drafting or (self._count > 0 and self._mean >= 0.0)
+        if not pays:  # what was, under another load perhaps, does not count against the next attempt
+            self._mean, self._count = 0.0, 0
+        return pays
 
 
 def choose(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dflash.budget import StepCosts, choose, stepped
+from vllm_dflash.budget import Choice, DraftingGain, StepCosts, choose, stepped
 
 
 def costs(verify_ms: list[float], draft_ms: float = 0.0, context_ms: float = 0.0) -> StepCosts:
@@ -46,6 +46,36 @@ def test_gains_are_those_of_a_request() -> None:
     assert choice.gain == pytest.approx((3.4 - 3.0) / 2)
     # Prompts that end later: no token without drafts.
     assert choose(np.array([0.9]), 0, 1, 1, 0.0, costs([1.0] * 10)).gain == pytest.approx(0.9)
+
+
+def worth(gain: float) -> Choice:
+    return Choice(1, 2.0, 1.0, gain)
+
+
+def test_one_tree_that_says_nothing_does_not_end_drafting() -> None:
+    gain = DraftingGain()
+    assert all(gain.pays(worth(1.0), is_new=True) for _ in range(16))
+    assert all(gain.pays(worth(-0.5), is_new=True) for _ in range(17))  # 1.5 * (15/16)**17 = 0.5007
+    assert not gain.pays(worth(-0.5), is_new=True)
+
+
+def test_the_first_trees_are_averaged_alike() -> None:
+    gain = DraftingGain()
+    pays = [gain.pays(worth(value), is_new=True) for value in (0.6, -0.4, -0.1, -0.2)]
+    assert pays == [True, True, True, False]  # sums of 0.6, 0.2, 0.1, -0.1
+
+
+def test_a_new_attempt_is_not_held_back_by_old_losses() -> None:
+    gain = DraftingGain()
+    assert not any(gain.pays(worth(-2.0), is_new=True) for _ in range(20))
+    assert gain.pays(worth(0.6), is_new=True) and gain.pays(worth(-0.5), is_new=True)
+
+
+def test_trees_that_were_asked_about_before() -> None:
+    gain = DraftingGain()
+    assert gain.pays(worth(0.3), is_new=True)
+    assert all(gain.pays(worth(-0.2), is_new=False) for _ in range(20))
+    assert gain.pays(worth(-0.2), is_new=True)
 
 
 def test_overheads_of_either_kind() -> None:

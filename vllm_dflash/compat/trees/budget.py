@@ -24,17 +24,18 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dflash.budget import Choice, StepCosts, choose, even_shares
+from vllm_dflash.budget import Choice, DraftingGain, StepCosts, choose, even_shares
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
 from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
 from vllm_dflash.compat.trees.overhead import Overhead
 from vllm_dflash.compat.trees.store import TreeStore
-from vllm_dflash.drafting_rule import DraftingRule
 from vllm_dflash.kernels.share_nodes import share_nodes
 from vllm_dflash.logs import logger
 
+#: While nothing is drafted, one step of so many drafts all the same: is it worth it again?
+PROBE_STEPS = 48
 #: Overheads are looked at every so many steps, and ranks of a tensor-parallel group agree on them.
 _OVERHEAD_STEPS = 32
 #: Where the host is slower than the device whatever is verified, it decides for so many steps at once.
@@ -56,8 +57,8 @@ class TreeBudget:
         self._likelihoods = HostLikelihoods(max_num_reqs, num_nodes, device)
         self._overhead = Overhead(overlaps=False)
         self._costs_in_force: StepCosts | None = None  # with the overheads seen last
-        self._num_steps = 0
-        self._rule, self._num_noted = DraftingRule(), 0
+        self._num_steps = self._num_without = 0
+        self._gain, self._num_noted = DraftingGain(), 0
         self._settled: _Settled | None = None
         # Of the step under way: nodes of all requests that were planned and that are verified; each request's rows,
         # and of these its planned nodes; bounds of their logits, if all is verified.
@@ -144,7 +145,7 @@ class TreeBudget:
             planned_nodes = _descending(known[np.arange(self.num_nodes) < np.array(planned)[:, None]], room)
             choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, num_reqs, context, costs)
         self._chosen = choice.budget if self._has_drafts else 0
-        self.drafts, self._settled = self._is_to_draft(later, num_reqs, is_even), None
+        self.drafts, self._settled = self._is_to_draft(later), None
         if is_even and self.drafts and self._has_drafts and self._num_planned <= room:
             self._settle(num_reqs, context, costs)
         num_rows = num_others + self._chosen
@@ -251,10 +252,14 @@ class TreeBudget:
             of_state = torch.arange(num_reqs, device=self.device)
             share_nodes(probs, of_state, rows, num_reqs, self._cu_num_logits, scratch)
 
-    def _is_to_draft(self, choice: Choice, num_reqs: int, is_timed: bool) -> bool:
+    def _is_to_draft(self, choice: Choice) -> bool:
         """While nothing is drafted, trees are taken to be as likely as the last ones were."""
         num_noted, self._num_noted = self._num_noted, self._likelihoods.num_reads
-        return self._rule.drafts(choice, self._num_steps, num_reqs, num_noted < self._num_noted, is_timed)
+        if self._gain.pays(choice, is_new=num_noted < self._num_noted):
+            self._num_without = 0
+            return True
+        self._num_without += 1
+        return self._num_without % PROBE_STEPS == 0
 
 
 def _descending(

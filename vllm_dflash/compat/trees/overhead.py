@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: Steps of a kind. The median counts, so that a pause between requests does not; few, as of one kind there may be few.
-_REMEMBERED = 9
+_REMEMBERED = 32  # steps; the median counts, so that a pause between requests does not
 _WAITED_MS = 0.02
 
 #: Without drafting and with it.
