@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -128,3 +130,25 @@ def test_names_that_say_nothing(job: ModuleType, name: str, complaint: str) -> N
 
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
         parse_engines(f"none,{name}")
+
+
+def test_all_threads_compute_on_the_cores_of_a_round(job: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu.cores import core_groups, keep_to
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 3, 4, 7, 8})
+    assert core_groups(2) == [[3, 4], [7, 8]]
+    with pytest.raises(ValueError, match="6 cores of 5"):
+        core_groups(6)
+    monkeypatch.undo()
+    before = os.sched_getaffinity(0)
+    chosen, ended = {min(before)}, threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        keep_to(chosen)
+        assert other.native_id is not None
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(other.native_id) == chosen
+    finally:
+        keep_to(before)
+        ended.set()
+        other.join()
