@@ -21,8 +21,8 @@ Without --real, prompts of --shared-from tokens and more are one common prefix (
 their own, because three engines share the card's memory. Attention then reads some blocks for all requests, in every
 engine alike.
 
-With --cores, all engines of a round compute on the same few cores, those of the next round on others: where a machine's
-cores are not alike, as others work on some of them, that is no difference between engines.
+With --cores N, all engines of a round compute on the same N cores, those of the next round on the next N: cores that
+other programs keep busy throughout are then no difference between engines. Traces are taken on the last round's.
 
 With --arrivals, a point is a number of users, each of whom asks again a little after an answer is complete, for answers
 of a quarter of --output-tokens up to all of them. Prompts then run beside decode steps, and batches grow and shrink.
@@ -109,7 +109,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--profile", type=parse_numbers, default=(), help="numbers of requests to trace at")
     parser.add_argument("--profile-engine", type=parse_engines, default=(OURS,), metavar="none,own,ours")
     parser.add_argument("--profile-dir", type=Path, default=Path("profile"))
-    parser.add_argument("--cores", type=parse_cores, default=[[]], help="so many a round; default: wherever it pleases")
+    parser.add_argument(
+        "--cores", type=parse_cores, default=[[]], metavar="N", help="that a round's engines share; default: all"
+    )
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no point starts after it")
     parser.add_argument("--start-timeout", type=float, default=420.0)
     parser.add_argument("--run-timeout", type=float, default=180.0, help="seconds for one run of one engine")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cores an engine computes on. One that others keep busy then slows every engine of a round, not one of them."""
+"""Which cores an engine computes on: the same for all engines of a round, so that a slow core slows them all.
+
+That is, one that is slow for longer than a round takes.
+"""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_one_request_and_equal_ones_need_no_sharing(one_rank: None) -> None:
 def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are dear for the device, and a host that takes longer: trees are looked at every sixteenth step.
 
-    So is the device, in the last three of them: what a step waits for is told in the one before.
+    Of these steps the last three leave a mark, and the step after a mark sees how far the device is.
     """
     budget = made_budget([1.0] * 3 + [50.0] * 9, draft_ms=0.0)
     step(budget, {"a": 0, "b": 0})
