@@ -44,7 +44,7 @@ def is_ours(name: str) -> bool:
 
 def measures_itself(name: str) -> bool:
     """Whether the engine times its own steps when it starts."""
-    return base(name) == ADAPTIVE or (base(name) == TREE and size(name) == "auto")
+    return base(name) == ADAPTIVE or size(name) == "auto"
 
 
 def check(name: str) -> None:
