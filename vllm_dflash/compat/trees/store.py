@@ -6,7 +6,7 @@ Letters: S rows of the state, D depths, R requests that verify.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -32,13 +32,13 @@ class TreeStep:
     num_rows: int  # of these requests
     max_rows: int  # of one of them
     is_whole: bool  # in a graph: every request of the batch, and metadata of its own
-    _made: dict[tuple[int, Any], Any] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
-    def once(self, metadata: Any, make: Callable[[TreeStep, Any], Made]) -> Made:
-        """What a layer makes of the batch's metadata, made once for all layers that share it."""
-        key = (id(metadata), make)
+    def once(self, metadata: Any, make: Callable[..., Made], *others: Hashable) -> Made:
+        """What a layer makes of the batch's metadata (and others), made once for all layers that share them."""
+        key = (id(metadata), make, *others)
         if key not in self._made:
-            self._made[key] = make(self, metadata)
+            self._made[key] = make(self, metadata, *others)
         made: Made = self._made[key]
         return made
 
@@ -106,6 +106,7 @@ class TreeStore:
                 max_rows = 1 + self.shape.num_nodes if self.shape.is_auto else max_rows
                 self.step = TreeStep(self.rows, *padded, max_rows, is_whole=True)
         elif batch.num_draft_tokens:
+            max_rows = min(max_rows, 1 + self.shape.num_nodes)  # a prompt may have more
             self.step = TreeStep(self.rows, *verifying(batch), max_rows, is_whole=False)
 
 
