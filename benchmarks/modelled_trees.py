@@ -11,10 +11,13 @@ No large trained pair can be had where there is no network, so three measurement
    smaller tree would have given. Chains are measured by an engine of their own.
 2. The large shape with random weights: what steps of so many rows take, as its engine measures it at start-up.
 3. The steps of no speculation and of vLLM's own dflash on that shape, from decode_gpu.py's --save. What a step without
-   speculation takes beyond (2) is taken for the overhead of every step.
+   speculation takes more than (2) says is taken for the overhead of every step; less, if that ran on a faster card.
 
 A batch of R requests is R recorded trees drawn at random. What it yields is counted, not expected: accepted nodes among
-those that the threshold lets through.
+those that the threshold lets through. A step without drafts is taken to be one without speculation: that the drafter's
+context is written all the same is left out.
+
+--save keeps (1) and (2), and --measured reads them again, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -47,13 +50,10 @@ DRAWS = 200  # batches for each number of requests
 def main() -> None:
     args = parse_arguments()
     shape = json.loads(args.shape.read_text())
-    measured = measure_pair(args)
-    costs = measure_shape(args)
-    parts = [heading(args)]
-    for temperature, (records, chain_length) in zip(args.temperature, measured, strict=True):
-        rows = [modelled(point, records, chain_length, costs) for point in shape["points"]]
-        parts.append(section(temperature, rows, records, chain_length))
-    text = "\n".join(parts)
+    measured = json.loads(args.measured.read_text()) if args.measured else measure(args)
+    if args.save is not None:
+        write_whole(args.save, json.dumps(measured) + "\n")
+    text = report(shape["points"], measured)
     print(text)
     if args.output is not None:
         write_whole(args.output, text)
@@ -61,14 +61,33 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, required=True, help="folder with target/, drafter/ and heldout.jsonl")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pair", type=Path, help="folder with target/, drafter/ and heldout.jsonl")
+    source.add_argument("--measured", type=Path, metavar="JSON", help="what --save kept: measure nothing")
     parser.add_argument("--shape", type=Path, required=True, help="decode_gpu.py's --save of engines none and own")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=192)
     parser.add_argument("--temperature", type=decode_gpu.parse_temperatures, default=(0.0,), metavar="0,1")
     parser.add_argument("--start-timeout", type=float, default=420.0)
     parser.add_argument("--output", type=Path, help="write the report there (markdown)")
+    parser.add_argument("--save", type=Path, metavar="JSON", help="keep what was measured there")
     return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> Record:
+    """Of the pair and of the large shape, as JSON has it."""
+    return run_facts() | {"pair": str(args.pair), "temperatures": measure_pair(args), "costs": measure_shape(args)}
+
+
+def report(points: Sequence[Record], measured: Record) -> str:
+    """All tables."""
+    costs = costs_of(measured["costs"])
+    parts = [heading(measured)]
+    for found in measured["temperatures"]:
+        records, chain_length = found["records"], found["chain_length"]
+        rows = [modelled(point, records, chain_length, costs) for point in points]
+        parts.append(section(found["temperature"], rows, records, chain_length))
+    return "\n".join(parts)
 
 
 def workload_of(args: argparse.Namespace, pair: Path | None, engines: Sequence[str], requests: int) -> Workload:
@@ -91,13 +110,20 @@ def ask_engines(
         return [{name: engines[name].ask(request[name], 300.0) for name in names} for request in requests]
 
 
-def measure_pair(args: argparse.Namespace) -> list[tuple[list[Record], float]]:
+def measure_pair(args: argparse.Namespace) -> list[Record]:
     """At each temperature recorded trees, and the acceptance length of chains of the same prompts."""
     workload = workload_of(args, args.pair, (RECORDED, CHAIN), args.prompts)
     prompts = workload.prompts(256, args.prompts, seed=0)
     batches = [workload.request(prompts, temperature) | {"counters": True} for temperature in args.temperature]
     answers = ask_engines(args, workload, [{RECORDED: batch | {"record": True}, CHAIN: batch} for batch in batches])
-    return [(records_of(answer[RECORDED]), length_of(answer[CHAIN])) for answer in answers]
+    return [
+        {
+            "temperature": temperature,
+            "records": records_of(answer[RECORDED]),
+            "chain_length": length_of(answer[CHAIN]),
+        }
+        for temperature, answer in zip(args.temperature, answers, strict=True)
+    ]
 
 
 def records_of(recorded: Record) -> list[Record]:
@@ -113,10 +139,13 @@ def length_of(chain: Record) -> float:
     return 1 + float(chain["accepted"]) / chain["drafts"]
 
 
-def measure_shape(args: argparse.Namespace) -> StepCosts:
-    """What steps of the large shape take."""
+def measure_shape(args: argparse.Namespace) -> Record:
+    """What steps of the large shape take: the columns of a StepCosts."""
     workload = workload_of(args, None, (LARGE,), 256)
-    found = ask_engines(args, workload, [{LARGE: {"costs": True}}])[0][LARGE]
+    return ask_engines(args, workload, [{LARGE: {"costs": True}}])[0][LARGE]
+
+
+def costs_of(found: Record) -> StepCosts:
     arrays = (np.array(found["verify_ms"]), np.array(found["draft_ms"]))
     return StepCosts(*arrays, found["context_ms"], np.array(found["profiled_context"]))
 
@@ -125,7 +154,7 @@ def modelled(point: Record, records: list[Record], chain_length: float, costs: S
     """Tokens a second of each setting at one number of requests."""
     num_reqs, context = point["requests"], float(point["requests"] * point["context"])
     step_ms = {name: float(np.median([turn[name]["ms_step"] for turn in point["rounds"]])) for name in (NONE, OWN)}
-    overhead = max(0.0, step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False))
+    overhead = step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False)
     costs = costs.with_overheads((overhead, overhead), (0.0, 0.0))
     result = {
         "requests": num_reqs,
@@ -160,14 +189,13 @@ def follow_the_load(num_reqs: int, context: float, records: list[Record], costs:
     return {"auto": tokens / seconds, "auto's nodes a request": nodes / DRAWS / num_reqs}
 
 
-def heading(args: argparse.Namespace) -> str:
-    facts = run_facts()
-    return f"""# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {facts["hardware"]}
+def heading(measured: Record) -> str:
+    return f"""# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {measured["hardware"]}
 
-{facts["date"]}. Trees and acceptance of the pair in `{args.pair}`.
+{measured["date"]}. Trees and acceptance of the pair in `{measured["pair"]}`.
 Steps of no speculation and of vLLM's own are measured; all else is put together, as the script's text tells.
 
-    {facts["command"]}
+    {measured["command"]}
 """
 
 

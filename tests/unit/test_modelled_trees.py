@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +29,37 @@ def test_drafts_where_they_pay(monkeypatch: pytest.MonkeyPatch, draft_ms: float,
     costs = StepCosts(np.ones(9), np.full(2, draft_ms), 0.0, np.zeros(9))
     found = follow_the_load(1, 0.0, [RECORD], costs)
     assert found == {"auto": pytest.approx(tokens_s), "auto's nodes a request": nodes}
+
+
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, none_ms: float, draft_ms: float) -> list[str]:
+    """Cells of the one row for one request, from files."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import modelled_trees
+
+    costs = {"verify_ms": [1.0] * 9, "draft_ms": [draft_ms] * 2, "context_ms": 0.0, "profiled_context": [0.0] * 9}
+    found = {"temperature": 1.0, "records": [RECORD], "chain_length": 1.5}
+    of_run = {"hardware": "a card", "date": "a day", "pair": "a pair", "command": "a command"}
+    (tmp_path / "measured.json").write_text(json.dumps(of_run | {"temperatures": [found], "costs": costs}))
+    turns = [{"none": {"ms_step": none_ms}, "own": {"ms_step": 3.0}}]
+    (tmp_path / "shape.json").write_text(json.dumps({"points": [{"requests": 1, "context": 0, "rounds": turns}]}))
+    files = {"--measured": "measured.json", "--shape": "shape.json", "--output": "table.md", "--save": "again.json"}
+    given = [part for name, file in files.items() for part in (name, str(tmp_path / file))]
+    monkeypatch.setattr("sys.argv", ["modelled_trees.py", *given])
+    modelled_trees.main()
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads((tmp_path / "measured.json").read_text())
+    last = (tmp_path / "table.md").read_text().splitlines()[-1]
+    return [cell.strip() for cell in last.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("none_ms", [0.8, 1.25])
+def test_nothing_drafted_is_no_speculation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, none_ms: float) -> None:
+    """Steps without speculation that were faster than the cost table says, or slower."""
+    cells = table(monkeypatch, tmp_path, none_ms, draft_ms=1.5)
+    none, auto, nodes, to_none = cells[1], cells[-4], cells[-3], cells[-1]
+    assert (none, auto, nodes, to_none) == (f"{1000 / none_ms:.0f}", none, "0.0", "1.00")
+
+
+def test_the_overhead_is_every_step_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A step without speculation takes 0.25 ms more than the table says; so does one of 1 + 0.5 ms with two tokens."""
+    cells = table(monkeypatch, tmp_path, none_ms=1.25, draft_ms=0.5)
+    assert cells[-4:-2] == [f"{2 / 1.75 * 1000:.0f}", "2.0"]
