@@ -217,7 +217,13 @@ def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypa
     assert verified == [8] * 28
     assert copies == marks == [13, 14, 15]
     assert looked == [0, 14, 15, 16]
-    assert step(budget, {"a": 4}) == 4  # another batch is decided for by itself
+    # A request that ends, one that comes, and its prompt change nothing while the host hides their rows.
+    budget.add_request(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(budget, "_decide", None)
+        assert [step(budget, {"a": 4}), step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 6})] == [4, 4]
+    budget._costs_in_force = budget.costs  # from now on it hides none
+    assert step(budget, {"a": 4, "b": 4}) == 0
 
 
 # Likelihoods.
