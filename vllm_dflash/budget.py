@@ -52,10 +52,11 @@ class StepCosts:
         """The whole step."""
         return max(self.gpu_ms(rows, num_reqs, context, drafts) + self.overheads_ms[drafts], self.host_ms[drafts])
 
-    def are_hidden(self, rows: int, num_reqs: int, context: float) -> bool:
-        """Whether verifying so many rows is done long before the host is ready for the next step."""
-        gpu_ms = self.gpu_ms(rows, num_reqs, context, drafts=True) + self.overheads_ms[True]
-        return gpu_ms < _HIDDEN * self.host_ms[True]
+    def hidden_rows(self, num_reqs: int, context: float) -> int:
+        """Up to how many rows are verified long before the host is ready for the next step; -1: not even none."""
+        gpu_ms = self.rows_ms + self._other_ms(num_reqs, context, drafts=True) + self.overheads_ms[True]
+        is_late = gpu_ms >= _HIDDEN * self.host_ms[True]
+        return int(is_late.argmax() if is_late.any() else len(is_late)) - 1
 
     def steps_ms(
         self,

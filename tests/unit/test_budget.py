@@ -95,7 +95,8 @@ def test_what_the_host_hides_is_free() -> None:
     assert choose(np.array([0.2, 0.1]), 1, 1, 1, 0.0, hidden).budget == 1
     assert choose(np.array([0.2, 0.19]), 1, 1, 1, 0.0, hidden).budget == 2
     assert hidden.step_ms(1, 1, 0.0, drafts=False) == 2.2 and hidden.step_ms(3, 1, 0.0, drafts=False) == 2.5
-    assert hidden.are_hidden(1, 1, 0.0) and not hidden.are_hidden(2, 1, 0.0)  # 2 of 2.2 is too close
+    assert hidden.hidden_rows(1, 0.0) == 1  # 2 of 2.2 is too close
+    assert rising.hidden_rows(1, 0.0) == -1 and rising.with_overheads((0.0, 0.0), (9.0, 9.0)).hidden_rows(1, 0.0) == 9
 
 
 def test_a_host_that_is_slower_where_it_drafts() -> None:

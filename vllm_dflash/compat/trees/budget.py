@@ -38,8 +38,8 @@ from vllm_dflash.logs import logger
 PROBE_STEPS = 48
 #: Overheads are looked at every so many steps, and ranks of a tensor-parallel group agree on them.
 _OVERHEAD_STEPS = 32
-#: Where the host is slower than the device whatever is verified, it decides for so many steps at once. The last ones of
-#: them leave a mark that the step after looks at, and what they draft is known at the next decision.
+#: Where the host is slower than the device whatever is verified, it decides for so many steps at once. Of the last ones
+#: it looks how far the device is, and takes what they draft for the next decision.
 _SETTLED_STEPS, _MARKED_STEPS = 16, 3
 _LOG_SECONDS = 30.0
 
@@ -60,7 +60,7 @@ class TreeBudget:
         self._costs_in_force: StepCosts | None = None  # with the overheads seen last
         self._num_steps = self._num_without = 0
         self._gain, self._num_noted = DraftingGain(), 0
-        self._settled_steps = 0  # so many steps verify all that is planned without a look at the trees
+        self._settled: _Settled | None = None
         # Of the step under way: nodes of all requests that were planned and that are verified; each request's rows,
         # and of these its planned nodes; bounds of their logits, if all is verified.
         self._num_planned = self._chosen = 0
@@ -117,54 +117,59 @@ class TreeBudget:
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Rows that the step runs, of those that were planned."""
         self._overhead.begin_step()
-        costs, states = self._costs_now(), self._req_states
-        scheduled = np.array(list(num_tokens_per_req.values()))
-        planned = np.array([len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req])
-        state_rows = np.array([states.req_id_to_index[req_id] for req_id in num_tokens_per_req])
-        computed = states.num_computed_tokens_np[state_rows]
-        batch = _Batch(len(planned), int(scheduled.sum()), int(planned.sum()), float(computed.sum()))
-        self.num_reqs, self._num_planned = batch.num_reqs, batch.num_planned
-        is_free = batch.num_planned <= self._room(batch.num_reqs, batch.num_others) and costs.are_hidden(
-            batch.num_rows, batch.num_reqs, batch.context
-        )
-        if self._settled_steps and is_free:
-            self._settled_steps -= 1
-            self._chosen, self.drafts = batch.num_planned, True
+        costs = self._costs_now()
+        planned = [len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req]
+        num_reqs, num_rows, self._num_planned = len(planned), sum(num_tokens_per_req.values()), sum(planned)
+        self.num_reqs = num_reqs
+        if self._settled is not None and self._settled.holds(num_reqs, num_rows):
+            context = self._settled.context
+            self._chosen, self.drafts = self._num_planned, True
         else:
-            ends_prompt = computed + scheduled - planned >= states.prefill_len.np[state_rows]
-            self._decide(batch, planned, int(ends_prompt.sum()), self._likelihoods.of(state_rows), costs)
-            if is_free and self.drafts and self._has_drafts:
-                self._settled_steps, self._chosen = _SETTLED_STEPS - 1, batch.num_planned
-        num_rows = batch.num_others + self._chosen
-        if batch.is_of_decodes:
-            self._overhead.note(costs.gpu_ms(num_rows, batch.num_reqs, batch.context, self.drafts), self.drafts)
+            context = self._decide(num_tokens_per_req, planned, costs)
+        num_others = num_rows - self._num_planned
+        num_rows = num_others + self._chosen
+        if num_others == num_reqs:
+            self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
         return num_rows
 
-    def _decide(
-        self,
-        batch: _Batch,
-        planned: np.ndarray,  # [R]
-        num_sampling: int,  # requests whose prompt ends in this step or has ended
-        known: np.ndarray,  # [R, N] likelihoods, descending along N
-        costs: StepCosts,
-    ) -> None:
-        """How many nodes are verified, and whether the step drafts, by what is known of the trees."""
-        num_reqs, context, most = batch.num_reqs, batch.context, int(planned.max())
+    def _decide(self, num_tokens_per_req: dict[str, int], planned: list[int], costs: StepCosts) -> float:
+        """How many nodes are verified, and whether the step drafts, by what is known of the trees.
+
+        Returns the slots of context that the batch reads.
+        """
+        states, num_reqs, most = self._req_states, len(planned), max(planned)
+        num_rows = sum(num_tokens_per_req.values())
+        num_others = num_rows - self._num_planned
+        state_rows: np.ndarray = np.array([states.req_id_to_index[req_id] for req_id in num_tokens_per_req])
+        computed = states.num_computed_tokens_np[state_rows]
+        context, known = float(computed.sum()), self._likelihoods.of(state_rows)
         # What is drafted now is verified when all of these requests have trees.
         all_nodes = _descending(known[:, : most or self.num_nodes], self._room(num_reqs, num_reqs))
         choice = later = choose(all_nodes, num_reqs, num_reqs, num_reqs, context, costs)
-        if batch.num_planned != num_reqs * most or not most or not batch.is_of_decodes:  # prompts have no trees yet
-            planned_nodes = _descending(
-                known[np.arange(self.num_nodes) < planned[:, None]], self._room(num_reqs, batch.num_others)
-            )
-            choice = choose(planned_nodes, num_sampling, batch.num_others, num_reqs, context, costs)
+        if not (most > 0 and self._num_planned == num_reqs * most and num_others == num_reqs):
+            others = np.array(list(num_tokens_per_req.values())) - planned
+            ends_prompt = computed + others >= states.prefill_len.np[state_rows]
+            has_tree = np.arange(self.num_nodes) < np.array(planned)[:, None]  # prompts have none yet
+            planned_nodes = _descending(known[has_tree], self._room(num_reqs, num_others))
+            choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, num_reqs, context, costs)
         self._chosen = choice.budget if self._has_drafts else 0
-        self.drafts, self._settled_steps = self._is_to_draft(later), 0
-        if batch.is_of_decodes:
+        self.drafts, self._settled = self._is_to_draft(later), None
+        if self.drafts and self._has_drafts:
+            self._settle(num_rows, context, costs)
+        if num_others == num_reqs:
             self._log.note(num_reqs, self._chosen, later, self.drafts)
             if self._chosen:
                 plain_ms = costs.step_ms(num_reqs, num_reqs, context, drafts=False)
                 self.break_even = costs.step_ms(num_reqs + self._chosen, num_reqs, context, drafts=True) / plain_ms
+        return context
+
+    def _settle(self, num_rows: int, context: float, costs: StepCosts) -> None:
+        """Verify all nodes, of this step and the next ones, if they cost nothing."""
+        most_logits, in_graphs = self._max_total_logits, self._largest_graph
+        most_rows = min(costs.hidden_rows(self.num_reqs, context), most_logits, in_graphs or most_logits)
+        if num_rows <= most_rows:
+            self._settled = _Settled(self.num_reqs, most_rows, context)
+            self._chosen = self._num_planned
 
     def _room(self, num_reqs: int, num_others: int) -> int:
         """Nodes at most. They alone never take a step out of the graphs: launches would cost the host more."""
@@ -212,7 +217,7 @@ class TreeBudget:
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
         """The step has drafted, or not. Of settled steps only those at the end look at the device."""
         self._overhead.waited(self._likelihoods.read())
-        if self._settled_steps < _MARKED_STEPS:
+        if self._settled is None or self._settled.ends_soon:
             if self.drafts:
                 self._likelihoods.copy(self._store.trees.probs, input_batch.idx_mapping_np)
             else:
@@ -271,24 +276,24 @@ def _descending(
     return np.sort(likelihoods, axis=None)[::-1][:most]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """A step as it was planned."""
+@dataclass
+class _Settled:
+    """What was decided for some steps: all that is planned is verified while the host hides the batch's rows."""
 
-    num_reqs: int
-    num_rows: int
-    num_planned: int  # nodes among the rows
-    context: float  # slots that the requests have filled
+    num_reqs: int  # at most
+    num_rows: int  # at most
+    context: float  # slots that the batch reads, as of the decision
+    steps_left: int = _SETTLED_STEPS - 1
+
+    def holds(self, num_reqs: int, num_rows: int) -> bool:
+        """Whether this step is one of them."""
+        self.steps_left -= 1
+        return self.steps_left >= 0 and num_reqs <= self.num_reqs and num_rows <= self.num_rows
 
     @property
-    def num_others(self) -> int:
-        """Rows that are no nodes."""
-        return self.num_rows - self.num_planned
-
-    @property
-    def is_of_decodes(self) -> bool:
-        """Whether it reads no prompt."""
-        return self.num_others == self.num_reqs
+    def ends_soon(self) -> bool:
+        """Whether this step leaves a mark that the next one looks at, and what it drafts for the next decision."""
+        return self.steps_left < _MARKED_STEPS
 
 
 class _Log:
