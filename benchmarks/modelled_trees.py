@@ -11,11 +11,11 @@ No large trained pair can be had where there is no network, so three measurement
    smaller tree would have given. Chains are measured by an engine of their own.
 2. The large shape with random weights: what steps of so many rows take, as its engine measures it at start-up.
 3. The steps of no speculation and of vLLM's own dflash on that shape, from decode_gpu.py's --save. What a step without
-   speculation takes more than (2) says is taken for the overhead of every step; less, if that ran on a faster card.
+   speculation takes beyond (2) is taken for the overhead of every step. Both should be of one card: the graphs of an
+   engine that may verify trees are not those of one that does not, and what they take more is not to be hidden.
 
 A batch of R requests is R recorded trees drawn at random. What it yields is counted, not expected: accepted nodes among
-those that the threshold lets through. A step without drafts is taken to be one without speculation: that the drafter's
-context is written all the same is left out.
+those that the threshold lets through. That the drafter's context is written in steps without drafts too is left out.
 
 --save keeps (1) and (2), and --measured reads them again, which needs no GPU.
 """
@@ -154,7 +154,7 @@ def modelled(point: Record, records: list[Record], chain_length: float, costs: S
     """Tokens a second of each setting at one number of requests."""
     num_reqs, context = point["requests"], float(point["requests"] * point["context"])
     step_ms = {name: float(np.median([turn[name]["ms_step"] for turn in point["rounds"]])) for name in (NONE, OWN)}
-    overhead = step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False)
+    overhead = max(0.0, step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False))
     costs = costs.with_overheads((overhead, overhead), (0.0, 0.0))
     result = {
         "requests": num_reqs,
