@@ -120,26 +120,25 @@ class TreeBudget:
         costs = self._costs_now()
         planned = [len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req]
         num_reqs, num_rows, self._num_planned = len(planned), sum(num_tokens_per_req.values()), sum(planned)
-        self.num_reqs = num_reqs
+        self.num_reqs, num_others = num_reqs, num_rows - self._num_planned
         if self._settled is not None and self._settled.holds(num_reqs, num_rows):
             context = self._settled.context
             self._chosen, self.drafts = self._num_planned, True
         else:
-            context = self._decide(num_tokens_per_req, planned, costs)
-        num_others = num_rows - self._num_planned
+            context = self._decide(num_tokens_per_req, planned, num_others, costs)
         num_rows = num_others + self._chosen
         if num_others == num_reqs:
             self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
         return num_rows
 
-    def _decide(self, num_tokens_per_req: dict[str, int], planned: list[int], costs: StepCosts) -> float:
+    def _decide(
+        self, num_tokens_per_req: dict[str, int], planned: list[int], num_others: int, costs: StepCosts
+    ) -> float:
         """How many nodes are verified, and whether the step drafts, by what is known of the trees.
 
         Returns the slots of context that the batch reads.
         """
         states, num_reqs, most = self._req_states, len(planned), max(planned)
-        num_rows = sum(num_tokens_per_req.values())
-        num_others = num_rows - self._num_planned
         state_rows: np.ndarray = np.array([states.req_id_to_index[req_id] for req_id in num_tokens_per_req])
         computed = states.num_computed_tokens_np[state_rows]
         context, known = float(computed.sum()), self._likelihoods.of(state_rows)
@@ -155,7 +154,7 @@ class TreeBudget:
         self._chosen = choice.budget if self._has_drafts else 0
         self.drafts, self._settled = self._is_to_draft(later), None
         if self.drafts and self._has_drafts:
-            self._settle(num_rows, context, costs)
+            self._settle(num_others + self._num_planned, context, costs)
         if num_others == num_reqs:
             self._log.note(num_reqs, self._chosen, later, self.drafts)
             if self._chosen:

@@ -95,7 +95,8 @@ class TreeStore:
             batch.num_reqs_after_padding,
             batch.num_tokens_after_padding,
         )
-        max_rows = batch.max_query_len or int(batch.num_scheduled_tokens.max())
+        longest = batch.max_query_len or int(batch.num_scheduled_tokens.max())
+        max_rows = min(longest, 1 + self.shape.num_nodes)  # a prompt may have more
         self.step = None
         # A graph reads whatever is verified from the same memory. Of requests of one row each there is one too, which
         # verifies nothing; but where the number of rows varies, all graphs are alike.
@@ -106,7 +107,6 @@ class TreeStore:
                 max_rows = 1 + self.shape.num_nodes if self.shape.is_auto else max_rows
                 self.step = TreeStep(self.rows, *padded, max_rows, is_whole=True)
         elif batch.num_draft_tokens:
-            max_rows = min(max_rows, 1 + self.shape.num_nodes)  # a prompt may have more
             self.step = TreeStep(self.rows, *verifying(batch), max_rows, is_whole=False)
 
 
