@@ -3,15 +3,16 @@
 
     python engine_child.py JOB.json RESULT.json
 
-The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "runs": [{"name", "prompts": [[ids]], "max_tokens": of
-all or of each, "temperature", "concurrent": bool, "arrivals": [the step before which each comes], "sampling": [more
-SamplingParams of each]}]}. The result: per run the token ids, their log-probabilities where `sampling` asks for them,
-step by step how many tokens each request gained, and in which step it began to; and vLLM's and the plugin's counters
-over the whole run.
+The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "alternates": bool, "runs": [{"name", "prompts":
+[[ids]], "max_tokens": of all or of each, "temperature", "concurrent": bool, "arrivals": [the step before which each
+comes], "sampling": [more SamplingParams of each]}]}. The result: per run the token ids, their log-probabilities where
+`sampling` asks for them, step by step how many tokens each request gained, and in which step it began to; and vLLM's
+and the plugin's counters over the whole run.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(job_file: str, result_file: str) -> None:
 
     if job.get("plant_bias"):
         plant_bias(job["plant_bias"])
+    if job.get("alternates"):
+        alternate_drafting()
     llm = LLM(**{"skip_tokenizer_init": True, "enforce_eager": True, "disable_log_stats": False} | job["llm"])
     runs = {run["name"]: generate(llm, run) for run in job["runs"]}
     Path(result_file).write_text(json.dumps(runs))
@@ -119,6 +122,14 @@ def plant_bias(added_logit: float) -> None:
         return forward(self, metadata, draft_probs, logits, sampling_metadata)
 
     RejectionSampler.forward = biased
+
+
+def alternate_drafting() -> None:
+    """Let trees that follow the load be drafted for eight decisions, for eight not, and so on."""
+    from vllm_dflash.compat.trees.budget import TreeBudget
+
+    decisions = itertools.count()
+    TreeBudget._is_to_draft = lambda self, choice: next(decisions) // 8 % 2 == 0
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def run_engine(
     runs: list[dict[str, Any]],
     plant_bias: float = 0.0,
     runner: str = "V1",
+    alternates: bool = False,
     **env: str,
 ) -> dict[str, Run]:
     """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails.
@@ -76,7 +77,7 @@ def run_engine(
     """
     folder.mkdir(parents=True, exist_ok=True)
     job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
-    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias}))
+    job.write_text(json.dumps({"llm": llm, "runs": runs, "plant_bias": plant_bias, "alternates": alternates}))
     # Engine core and worker in the child's own process: no start-up of two more interpreters.
     parallel = llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1) > 1
     one_process = {} if parallel else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -20,7 +20,9 @@ BASE = {
 }
 
 
-def generate(folder: Path, **changes: Any) -> Run:
-    """`changes` of BASE, which is without speculation."""
+def generate(folder: Path, alternates: bool = False, **changes: Any) -> Run:
+    """`changes` of BASE, which is without speculation. `alternates`: some steps draft trees, some do not."""
     run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
-    return run_engine(folder, BASE | changes, [run], runner="V2 on a GPU", RAY_USAGE_STATS_ENABLED="0")["run"]
+    return run_engine(
+        folder, BASE | changes, [run], runner="V2 on a GPU", alternates=alternates, RAY_USAGE_STATS_ENABLED="0"
+    )["run"]

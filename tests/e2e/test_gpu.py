@@ -108,3 +108,11 @@ def test_trees_that_follow_the_load(plain, tmp_path):
     for part in ("verify", "draft"):
         seconds, count = (auto.counters[f"vllm_dflash:{part}_time_seconds_{what}"] for what in ("sum", "count"))
         assert count > 0 and 0 < seconds / count < 0.1
+
+
+def test_trees_in_some_steps(plain, tmp_path):
+    """Steps that verify nothing have graphs of their own, which read what the others have written, and the reverse."""
+    some = generate(tmp_path, alternates=True, **dflash(), additional_config={"dflash": {"tree": "auto"}})
+    assert_same_but_near_ties(some.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+    assert some.counters["vllm_dflash:fallbacks[does_not_pay]"] > 8
+    assert some.acceptance_length > 5

@@ -152,6 +152,7 @@ def model_runner() -> Any:
         init_model_state=lambda *arguments: ("vLLM's", arguments),
         maybe_create_adaptive_verification_manager=lambda **options: ("vLLM's", options),
         resolve_adaptive_cudagraph_mode=lambda mode, **options: ("vLLM's", mode),
+        ModelCudaGraphManager=lambda *given, **options: ("vLLM's", given, options),
     )
 
 
@@ -201,6 +202,21 @@ def test_a_budget_of_ours_is_the_answer_to_whether_it_is_enabled(monkeypatch: py
     budget = SimpleNamespace(begin=lambda *begun: ("ours", begun))
     made = make(enable_adaptive_verification=budget, vllm_config="config", **given)
     assert made == ("ours", ("states", "starts", 1, 9))
+
+
+def test_trees_that_follow_the_load_have_graphs_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    runner = model_runner()
+    ours = SimpleNamespace(TreeGraphs=lambda *given, **options: ("ours", given, options))
+    monkeypatch.setitem(sys.modules, "vllm_dflash.compat.trees.graphs", ours)
+    select_v2.install(runner)  # type: ignore[arg-type]
+    chained, treed, following = engine("dflash"), engine("dflash"), engine("dflash")
+    ownership.claim(chained.speculative_config, DRAFTER)
+    ownership.claim(treed.speculative_config, DRAFTER, num_tree_nodes=7)
+    ownership.claim(following.speculative_config, DRAFTER, num_tree_nodes=7, is_auto=True)
+    for config, whose in ((chained, "vLLM's"), (treed, "vLLM's"), (following, "ours")):
+        made = runner.ModelCudaGraphManager(config, "cuda", "mode", varlen_decode=True)
+        assert made == (whose, (config, "cuda", "mode"), {"varlen_decode": True})
 
 
 def test_engines_without_graphs_keep_their_mode(monkeypatch: pytest.MonkeyPatch) -> None:

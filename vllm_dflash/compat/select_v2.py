@@ -6,8 +6,10 @@ Patches: the names `init_speculator`, `init_model_state` and `maybe_create_adapt
 adapter for plain DFlash drafters, and where these draft trees a model state that verifies them and a budget for them;
 all others get what vLLM chooses. Removable when vLLM has registries of them.
 
-Patches there too: `resolve_adaptive_cudagraph_mode`. Reason: it takes an engine without CUDA graphs for a mistake.
-Added: such engines keep their mode. Removable when adaptive verification runs eagerly.
+Patches there too: `ModelCudaGraphManager`. Reason: with adaptive verification it has graphs of one kind. Added: where
+trees follow the load, also graphs for steps without candidates. Removable when its graphs know how many rows a request
+has. And `resolve_adaptive_cudagraph_mode`. Reason: it takes an engine without CUDA graphs for a mistake. Added: such
+engines keep their mode. Removable when adaptive verification runs eagerly.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def install(model_runner: ModuleType) -> None:
     make, make_state = model_runner.init_speculator, model_runner.init_model_state
     make_budget = model_runner.maybe_create_adaptive_verification_manager
     choose_mode = model_runner.resolve_adaptive_cudagraph_mode
+    make_graphs = model_runner.ModelCudaGraphManager
 
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
         """vLLM's function, with our adapter for our engines. Same signature."""
@@ -61,7 +64,17 @@ def install(model_runner: ModuleType) -> None:
             return mode
         return choose_mode(mode, piecewise_capture_available=piecewise_capture_available)
 
+    def make_cudagraph_manager(vllm_config: VllmConfig, device: torch.device, mode: Any, **options: Any) -> Any:
+        """vLLM's class, or ours where trees follow the load. Same signature."""
+        shape = draft_tree(vllm_config) if drafts_here(vllm_config) else None
+        if shape is None or not shape.is_auto:
+            return make_graphs(vllm_config, device, mode, **options)
+        from vllm_dflash.compat.trees.graphs import TreeGraphs
+
+        return TreeGraphs(vllm_config, device, mode, **options)
+
     patching.replace(model_runner, "init_speculator", init_speculator)
+    patching.replace(model_runner, "ModelCudaGraphManager", make_cudagraph_manager)
     patching.replace(model_runner, "maybe_create_adaptive_verification_manager", make_adaptive_verification)
     patching.replace(model_runner, "resolve_adaptive_cudagraph_mode", resolve_mode)
     patching.replace(model_runner, "init_model_state", init_model_state)

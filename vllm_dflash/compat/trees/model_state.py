@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class TreeModelState(DefaultModelState):
         batch = (block_tables, slot_mappings, attn_groups, kv_cache_config)
         if self.trees.step is not None and self.trees.step.is_whole:
             return self._prepare_prefix_attn(input_batch, self.trees.step, *batch, for_capture)
+        if self.trees.step is None and cudagraph_mode == CUDAGraphMode.FULL:
+            input_batch = replace(input_batch, max_query_len=1)  # whatever was planned
         return super().prepare_attn(input_batch, cudagraph_mode, *batch, for_capture=for_capture, **options)
 
     def _prepare_prefix_attn(

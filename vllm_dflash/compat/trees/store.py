@@ -6,7 +6,8 @@ Letters: S rows of the state, D depths, R requests that verify.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -62,6 +63,9 @@ class TreeStore:
         self.seen = Observations.allocate(max_num_reqs, shape.num_depths, shape.num_choices, device)
         self._new: dict[int, bool] = {}  # rows that requests have taken since the last step: is it a chain's?
         self.step: TreeStep | None = None  # None: no request verifies anything
+        # Rows of the graphs for steps without candidates, where graphs are of two kinds; and whether they are captured.
+        self.plain_sizes: frozenset[int] = frozenset()
+        self._is_without_candidates = False
 
     def begin(self, state_index: int, as_chain: bool) -> None:
         """A request takes this row, from the next step on."""
@@ -80,6 +84,19 @@ class TreeStore:
         self.as_chain[rows] = new[:, 1] != 0
         self._new.clear()
 
+    @contextmanager
+    def without_candidates(self) -> Iterator[None]:
+        """Steps begin that verify nothing, whatever is said of them."""
+        self._is_without_candidates = True
+        try:
+            yield
+        finally:
+            self._is_without_candidates = False
+
+    def is_plain(self, batch: InputBatch) -> bool:
+        """Whether there is a graph without the trees' part for this step."""
+        return not batch.num_draft_tokens and batch.num_tokens_after_padding in self.plain_sizes
+
     def begin_step(self, batch: InputBatch, is_whole: bool, is_capture: bool) -> None:
         """Say what the next forward verifies, and where its rows stand."""
         self.forget_earlier_owners()
@@ -95,9 +112,11 @@ class TreeStore:
             batch.num_reqs_after_padding,
             batch.num_tokens_after_padding,
         )
+        self.step = None
+        if self._is_without_candidates or (is_whole and not is_capture and self.is_plain(batch)):
+            return
         longest = batch.max_query_len or int(batch.num_scheduled_tokens.max())
         max_rows = min(longest, 1 + self.shape.num_nodes)  # a prompt may have more
-        self.step = None
         # A graph reads whatever is verified from the same memory. Of requests of one row each there is one too, which
         # verifies nothing; but where the number of rows varies, all graphs are alike.
         if is_capture or is_whole:
