@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of draft trees on a large target, MODELLED from what a small trained pair drafts and accepts.
 
-    python benchmarks/decode_gpu.py --requests 1,8,32,64,128,256 --contexts 512 --engines none,own --save shape.json
+    python benchmarks/decode_gpu.py --requests 1,8,32,64,128,256 --contexts 512 --engines none,own,tree:auto \
+        --save shape.json
     python benchmarks/modelled_trees.py --pair DIR --shape shape.json --temperature 0,1
 
 No large trained pair can be had where there is no network, so three measurements are put together:
@@ -10,12 +11,13 @@ No large trained pair can be had where there is no network, so three measurement
    on held-out prompts. Of a tree's first n nodes the same way is accepted as far as it goes, so this tells what any
    smaller tree would have given. Chains are measured by an engine of their own.
 2. The large shape with random weights: what steps of so many rows take, as its engine measures it at start-up.
-3. The steps of no speculation and of vLLM's own dflash on that shape, from decode_gpu.py's --save. What a step without
-   speculation takes beyond (2) is taken for the overhead of every step. Both should be of one card: the graphs of an
-   engine that may verify trees are not those of one that does not, and what they take more is not to be hidden.
+3. Steps on that shape, from decode_gpu.py's --save: of no speculation, of vLLM's own dflash, and of an engine whose
+   trees follow the load, which with random weights drafts nothing. So where drafting does not pay, its steps are
+   measured, the drafter's context and all. What a step without speculation takes beyond (2) is taken for the overhead
+   of every other step. All should be of one card.
 
 A batch of R requests is R recorded trees drawn at random. What it yields is counted, not expected: accepted nodes among
-those that the threshold lets through. That the drafter's context is written in steps without drafts too is left out.
+those that the threshold lets through.
 
 --save keeps (1) and (2), and --measured reads them again, which needs no GPU.
 """
@@ -64,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pair", type=Path, help="folder with target/, drafter/ and heldout.jsonl")
     source.add_argument("--measured", type=Path, metavar="JSON", help="what --save kept: measure nothing")
-    parser.add_argument("--shape", type=Path, required=True, help="decode_gpu.py's --save of engines none and own")
+    parser.add_argument("--shape", type=Path, required=True, help="decode_gpu.py's --save: none, own, tree:auto")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=192)
     parser.add_argument("--temperature", type=decode_gpu.parse_temperatures, default=(0.0,), metavar="0,1")
@@ -147,15 +149,17 @@ def measure_shape(args: argparse.Namespace) -> Record:
 
 def costs_of(found: Record) -> StepCosts:
     arrays = (np.array(found["verify_ms"]), np.array(found["draft_ms"]))
-    return StepCosts(*arrays, found["context_ms"], np.array(found["profiled_context"]))
+    other = {name: np.array(found[name]) for name in ("profiled_context", "spared_ms")}
+    return StepCosts(*arrays, found["context_ms"], **other)
 
 
 def modelled(point: Record, records: list[Record], chain_length: float, costs: StepCosts) -> Record:
     """Tokens a second of each setting at one number of requests."""
     num_reqs, context = point["requests"], float(point["requests"] * point["context"])
-    step_ms = {name: float(np.median([turn[name]["ms_step"] for turn in point["rounds"]])) for name in (NONE, OWN)}
-    overhead = max(0.0, step_ms[NONE] - costs.gpu_ms(num_reqs, num_reqs, context, drafts=False))
-    costs = costs.with_overheads((overhead, overhead), (0.0, 0.0))
+    step_ms = {n: float(np.median([turn[n]["ms_step"] for turn in point["rounds"]])) for n in (NONE, OWN, LARGE)}
+    parts_ms = costs.gpu_ms(num_reqs, num_reqs, context, drafts=False)
+    without, overhead = (max(0.0, step_ms[name] - parts_ms) for name in (LARGE, NONE))
+    costs = costs.with_overheads((without, overhead), (0.0, 0.0))
     result = {
         "requests": num_reqs,
         "no speculation": 1000 * num_reqs / step_ms[NONE],
@@ -193,7 +197,8 @@ def heading(measured: Record) -> str:
     return f"""# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {measured["hardware"]}
 
 {measured["date"]}. Trees and acceptance of the pair in `{measured["pair"]}`.
-Steps of no speculation and of vLLM's own are measured; all else is put together, as the script's text tells.
+Steps of no speculation, of vLLM's own, and of "auto" where it drafts nothing are measured; all else is put together, as
+the script's text tells.
 
     {measured["command"]}
 """

@@ -23,7 +23,7 @@ _HIDDEN = 0.9
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Milliseconds of a step's parts. The first four are measured at start-up, the others while serving.
+    """Milliseconds of a step's parts, measured at start-up, but for the pairs, which are seen while serving.
 
     Pairs are without drafting and with it.
     """
@@ -34,6 +34,8 @@ class StepCosts:
     profiled_context: np.ndarray  # [rows + 1]: slots that were read when `verify_ms` was measured
     overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else that a step's start and end are apart
     host_ms: tuple[float, float] = (0.0, 0.0)  # work of the host beside the device's: a step takes no less
+    # [requests + 1]: less than `verify_ms` where each request has one row, so that nothing is verified
+    spared_ms: np.ndarray | None = None
 
     def with_overheads(self, overheads_ms: tuple[float, float], host_ms: tuple[float, float]) -> StepCosts:
         """The same beside other overheads."""
@@ -46,7 +48,8 @@ class StepCosts:
 
     def gpu_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The measured parts of a step of so many rows."""
-        return max(float(self.rows_ms[rows]) + self._other_ms(num_reqs, context, drafts), 1e-6)
+        spared_ms = self._spared_ms(num_reqs) if rows == num_reqs else 0.0
+        return max(float(self.rows_ms[rows]) - spared_ms + self._other_ms(num_reqs, context, drafts), 1e-6)
 
     def step_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The whole step."""
@@ -67,10 +70,15 @@ class StepCosts:
     ) -> np.ndarray:
         """[last - first + 1]: steps with drafting, of `first` rows and each number more up to `last`."""
         gpu_ms = self.rows_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
+        if first == num_reqs:
+            gpu_ms[0] -= self._spared_ms(num_reqs)
         return np.maximum(np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True], self.host_ms[True])
 
     def _other_ms(self, num_reqs: int, context: float, drafts: bool) -> float:
         return self.context_ms * context + (float(self.draft_ms[num_reqs]) if drafts else 0.0)
+
+    def _spared_ms(self, num_reqs: int) -> float:
+        return 0.0 if self.spared_ms is None else float(self.spared_ms[num_reqs])
 
     def summary(self) -> str:
         """The table at some sizes, for a person."""

@@ -125,11 +125,12 @@ def plant_bias(added_logit: float) -> None:
 
 
 def alternate_drafting() -> None:
-    """Let trees that follow the load be drafted for eight decisions, for eight not, and so on."""
-    from vllm_dflash.compat.trees.budget import TreeBudget
+    """Let trees that follow the load be drafted for two decisions, for twelve not, and so on."""
+    from vllm_dflash.compat.trees.budget import TreeBudget, _Settled
 
     decisions = itertools.count()
-    TreeBudget._is_to_draft = lambda self, choice: next(decisions) // 8 % 2 == 0
+    _Settled.holds = lambda self, *batch: False
+    TreeBudget._is_to_draft = lambda self, choice, probe_steps: next(decisions) % 14 < 2
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -46,6 +48,16 @@ def test_gains_are_those_of_a_request() -> None:
     assert choice.gain == pytest.approx((3.4 - 3.0) / 2)
     # Prompts that end later: no token without drafts.
     assert choose(np.array([0.9]), 0, 1, 1, 0.0, costs([1.0] * 10)).gain == pytest.approx(0.9)
+
+
+def test_steps_without_candidates_may_take_less() -> None:
+    """Of two rows, which are of two requests, by 0.25 ms; so do those that draft. Of one request's two rows not."""
+    some = replace(costs([1.0] * 10, draft_ms=0.5), spared_ms=np.array([0.0, 0.125, 0.25]))
+    assert some.step_ms(2, 2, 0.0, drafts=False) == 0.75
+    assert some.step_ms(2, 1, 0.0, drafts=False) == 1.0
+    assert some.steps_ms(2, 4, 2, 0.0).tolist() == [1.25, 1.5, 1.5]
+    choice = choose(np.array([0.9, 0.5]), 2, 2, 2, 0.0, some)
+    assert (choice.budget, choice.gain) == (2, pytest.approx((3.4 - 2 * 1.5 / 0.75) / 2))
 
 
 def worth(gain: float) -> Choice:

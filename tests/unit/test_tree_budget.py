@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,10 +43,22 @@ def made_budget(verify_ms: list[float], draft_ms: float = 0.1) -> TreeBudget:
     made.begin(states, torch.zeros(3, dtype=torch.int32), 1, max_total_logits=100)
     table = np.array(verify_ms)
     made.costs = StepCosts(table, np.full(3, draft_ms), 0.0, np.zeros(len(table)))
-    made._store = SimpleNamespace(
-        trees=SimpleNamespace(probs=torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.5, 0.4, 0.3, 0.1]]))
-    )
+    made._store = OfSteps()
+    made._store.trees = SimpleNamespace(probs=torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.5, 0.4, 0.3, 0.1]]))
     return made
+
+
+class OfSteps:
+    """What is asked of a TreeStore: for which steps without candidates there are graphs, and whether there are any."""
+
+    def __init__(self, *plain_sizes: int) -> None:
+        self.plain_sizes, self.is_plain = frozenset(plain_sizes), False
+
+    @contextmanager
+    def without_candidates(self) -> Iterator[None]:
+        self.is_plain = True
+        yield
+        self.is_plain = False
 
 
 def step(budget: TreeBudget, drafts: dict[str, int], others: dict[str, int] | None = None) -> int:
@@ -66,6 +80,8 @@ def test_trees_are_known_two_steps_later(one_rank: None) -> None:
     assert step(budget, {"a": 4, "b": 4}) == 2
 
 
+#: Where drafting takes half a step more, of so many steps one drafts though it does not pay: 0.25 % of the time.
+HALF_A_STEP = 200
 #: Of which a draft that takes half a step is worth it, with 2 tokens more, and is not, with a quarter of one.
 GOOD, BAD = [0.9, 0.8, 0.2, 0.1], [0.1, 0.08, 0.05, 0.02]
 
@@ -81,8 +97,7 @@ def test_every_other_tree_says_nothing(one_rank: None) -> None:
     budget = made_budget([1.0] * 12, draft_ms=0.5)
     drafts_after(budget, GOOD, is_prompt=True)
     assert all([drafts_after(budget, tree) for tree in [BAD, GOOD] * PROBE_STEPS])
-    only_bad = [drafts_after(budget, BAD) for _ in range(4 * PROBE_STEPS)]
-    assert sum(only_bad[PROBE_STEPS:]) == 3  # one in so many steps, whatever was before
+    assert sum([drafts_after(budget, BAD) for _ in range(2 * HALF_A_STEP)][HALF_A_STEP:]) == 1  # whatever was before
 
 
 def test_hopes_do_not_count(one_rank: None) -> None:
@@ -96,18 +111,35 @@ def test_after_a_good_tree_bad_ones_are_put_up_with(one_rank: None) -> None:
     budget = made_budget([1.0] * 12, draft_ms=0.5)
     drafts_after(budget, BAD, is_prompt=True)
     assert not [drafts_after(budget, BAD) for _ in range(4)][-1]
-    assert any(drafts_after(budget, GOOD) for _ in range(PROBE_STEPS))
+    assert any(drafts_after(budget, GOOD) for _ in range(HALF_A_STEP))
     # The next decision does not know the good tree yet; two look at it; the last one looks at the first bad one.
     assert [drafts_after(budget, BAD) for _ in range(4)] == [False, True, True, True]
 
 
-def test_nothing_is_verified_that_was_not_drafted(one_rank: None) -> None:
-    """Drafting at the price of many steps stops; now and then it is tried again."""
-    budget = made_budget([1.0] * 12, draft_ms=50.0)
-    assert step(budget, {"a": 0, "b": 0}) == 0 and not budget.drafts
-    verified = [step(budget, {"a": 4, "b": 4}) for _ in range(2 * PROBE_STEPS)]
-    assert [place for place, count in enumerate(verified) if count] == [PROBE_STEPS - 1, 2 * PROBE_STEPS - 1]
-    assert verified[PROBE_STEPS - 1] == 8
+def test_nothing_is_verified_that_was_not_drafted(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafting at the price of many steps stops; now and then it is tried again, the more seldom, the dearer it is."""
+    for draft_ms, probe_steps in ((50.0, 1024), (1.0, 400), (0.25, 100), (0.05, 48)):
+        budget = made_budget([1.0] * 12, draft_ms)
+        monkeypatch.setattr(budget._gain, "pays", lambda choice, is_new: False)
+        assert step(budget, {"a": 0, "b": 0}) == 0 and not budget.drafts
+        verified = [step(budget, {"a": 4, "b": 4}) for _ in range(2 * probe_steps)]
+        assert [place for place, count in enumerate(verified) if count] == [probe_steps - 1, 2 * probe_steps - 1]
+        assert verified[probe_steps - 1] == 8
+
+
+def test_what_does_not_pay_is_not_looked_at_for_some_steps(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = made_budget([1.0] * 12, draft_ms=0.125)
+    monkeypatch.setattr(budget._gain, "pays", lambda choice, is_new: False)
+    decisions, decide = [], budget._decide
+    monkeypatch.setattr(budget, "_decide", lambda *given: (decisions.append(budget._num_without), decide(*given))[1])
+    step(budget, {"a": 0, "b": 0})
+    for _ in range(PROBE_STEPS + 2):
+        step(budget, {"a": 4, "b": 4})
+    # Every sixteen steps; the probe, and the step that verifies it.
+    assert decisions == [0, 16, 32, 48, 49, 0]
+    step(budget, {"a": 4})  # fewer requests may pay
+    step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 5})
+    assert len(decisions) == 8
 
 
 def test_prompts_in_the_batch(one_rank: None) -> None:
@@ -315,14 +347,22 @@ def test_steps_that_nobody_noted_do_not_count() -> None:
 
 
 def profile(
-    samples: dict[tuple[int, int], tuple[float, float]], monkeypatch: pytest.MonkeyPatch, longest_context: int = 9999
+    samples: dict[tuple[int, int], tuple[float, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    longest_context: int = 9999,
+    spared_ms: dict[int, float] | None = None,
 ) -> StepCosts:
-    """Of a runner of 4 requests and 16 rows, whose made-up steps take (forward, draft) ms by (rows, context)."""
+    """Of a runner of 4 requests and 16 rows, whose made-up steps take (forward, draft) ms by (rows, context).
+
+    `spared_ms`: how much less without candidates, by rows.
+    """
     made = CostProfile(None, torch.float32, 16, 4, longest_context)
     monkeypatch.setattr(made, "_logits_ms", lambda: 0.25 * np.ones(17))
     timed: list[Any] = []
-    for batch in made.batches([1, 2, 8]):
+    store: Any = OfSteps(*(spared_ms or {}))
+    for batch in made.batches([1, 2, 8], store):
         forward_ms, drafter_ms = samples[batch["num_tokens"], batch["context_len"]]
+        forward_ms -= (spared_ms or {})[batch["num_tokens"]] if store.is_plain else 0.0
         noise = 50.0 if not len(timed) % 4 else 0.0  # the first of each
         timed.append(
             SimpleNamespace(
@@ -345,6 +385,7 @@ def test_tables_of_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             (8, 4096): (2.0 + 4 * 3584 * 1e-5, 0.6),
         },
         monkeypatch,
+        spared_ms={1: 0.125, 2: 0.25},
     )
     assert found.verify_ms[[1, 2, 3, 8, 9, 16]].tolist() == pytest.approx([1.25, 1.75, 2.25, 2.25, 4.25, 4.25])
     assert found.draft_ms.tolist() == pytest.approx([0.3, 0.3, 0.4, 0.6, 0.6])
@@ -352,6 +393,8 @@ def test_tables_of_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.profiled_context[[1, 2, 8]].tolist() == [512, 1024, 2048]
     # A step of eight rows with twice the context that it was measured with.
     assert found.gpu_ms(8, 4, 4096.0, drafts=False) == pytest.approx(2.25 + 2048 * 1e-5)
+    assert found.spared_ms is not None and found.spared_ms.tolist() == pytest.approx([0.125, 0.125, 0.25, 0.0, 0.0])
+    assert found.gpu_ms(2, 2, 1024.0, drafts=False) == pytest.approx(1.5)
 
 
 def test_short_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +418,8 @@ def test_nothing_is_captured_whole(one_rank: None) -> None:
 
 def test_steps_that_were_not_timed() -> None:
     made = CostProfile(None, torch.float32, 16, 4, 9999)
-    assert len(list(made.batches([1]))) > 0
+    store: Any = OfSteps()
+    assert len(list(made.batches([1], store))) > 0
     with pytest.raises(RuntimeError, match="steps were planned, 0 timed"):
         made.costs([])
 

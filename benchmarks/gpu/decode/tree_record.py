@@ -56,4 +56,5 @@ def measured_costs(llm: Any) -> Record:
         "draft_ms": [float(ms) for ms in costs.draft_ms],
         "context_ms": float(costs.context_ms),
         "profiled_context": [float(slots) for slots in costs.profiled_context],
+        "spared_ms": [float(ms) for ms in costs.spared_ms],
     }

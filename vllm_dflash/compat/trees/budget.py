@@ -13,6 +13,7 @@ Letters: R requests, S rows of the runner's state, N nodes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,12 +35,13 @@ from vllm_dflash.compat.trees.store import TreeStore
 from vllm_dflash.kernels.share_nodes import share_nodes
 from vllm_dflash.logs import logger
 
-#: While nothing is drafted, one step of so many drafts all the same: is it worth it again?
-PROBE_STEPS = 48
+#: While nothing is drafted, one step of so many drafts all the same: is it worth it again? Of more steps where drafting
+#: is dear, so that attempts take this share of the time at most, unless that were too seldom.
+PROBE_STEPS, _MOST_PROBE_STEPS, _PROBE_SHARE = 48, 1024, 1 / 400
 #: Overheads are looked at every so many steps, and ranks of a tensor-parallel group agree on them.
 _OVERHEAD_STEPS = 32
-#: Where the host is slower than the device whatever is verified, it decides for so many steps at once. Of the last ones
-#: it looks how far the device is, and takes what they draft for the next decision.
+#: Where the host is slower than the device whatever is verified, and where nothing is drafted, it decides for so many
+#: steps at once. Of the last ones it looks how far the device is, and takes what they draft for the next decision.
 _SETTLED_STEPS, _MARKED_STEPS = 16, 3
 _LOG_SECONDS = 30.0
 
@@ -98,7 +100,7 @@ class TreeBudget:
     def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
         """Arguments of the made-up steps that the runner times."""
         self._largest_graph = max(capture_sizes, default=0)
-        return self._profile.batches(capture_sizes)
+        return self._profile.batches(capture_sizes, self._store)
 
     def set_initial_cost_curves(self, samples: Sequence[Any]) -> None:
         """What they took. The same on every rank of a tensor-parallel group: the first one's."""
@@ -122,8 +124,9 @@ class TreeBudget:
         num_reqs, num_rows, self._num_planned = len(planned), sum(num_tokens_per_req.values()), sum(planned)
         self.num_reqs, num_others = num_reqs, num_rows - self._num_planned
         if self._settled is not None and self._settled.holds(num_reqs, num_rows):
-            context = self._settled.context
-            self._chosen, self.drafts = self._num_planned, True
+            context, self.drafts = self._settled.context, self._settled.drafts
+            self._chosen = self._num_planned if self.drafts else 0
+            self._num_without += not self.drafts
         else:
             context = self._decide(num_tokens_per_req, planned, num_others, costs)
         num_rows = num_others + self._chosen
@@ -152,13 +155,17 @@ class TreeBudget:
             planned_nodes = _descending(known[has_tree], self._room(num_reqs, num_others))
             choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, num_reqs, context, costs)
         self._chosen = choice.budget if self._has_drafts else 0
-        self.drafts, self._settled = self._is_to_draft(later), None
+        plain_ms = costs.step_ms(num_reqs, num_reqs, context, drafts=False)
+        probe_steps = _probe_steps(later.step_ms / plain_ms - 1)
+        self.drafts, self._settled = self._is_to_draft(later, probe_steps), None
         if self.drafts and self._has_drafts:
             self._settle(num_others + self._num_planned, context, costs)
+        elif not self.drafts and not self._has_drafts:
+            steps = min(probe_steps - 1 - self._num_without, _SETTLED_STEPS - 1)
+            self._settled = _Settled(num_reqs, num_rows=0, context=context, steps_left=steps, drafts=False)
         if num_others == num_reqs:
             self._log.note(num_reqs, self._chosen, later, self.drafts)
             if self._chosen:
-                plain_ms = costs.step_ms(num_reqs, num_reqs, context, drafts=False)
                 self.break_even = costs.step_ms(num_reqs + self._chosen, num_reqs, context, drafts=True) / plain_ms
         return context
 
@@ -257,14 +264,22 @@ class TreeBudget:
             of_state = torch.arange(num_reqs, device=self.device)
             share_nodes(probs, of_state, rows, num_reqs, self._cu_num_logits, scratch)
 
-    def _is_to_draft(self, choice: Choice) -> bool:
+    def _is_to_draft(self, choice: Choice, probe_steps: int) -> bool:
         """While nothing is drafted, trees are taken to be as likely as the last ones were."""
         num_noted, self._num_noted = self._num_noted, self._likelihoods.num_reads
         if self._gain.pays(choice, is_new=num_noted < self._num_noted):
             self._num_without = 0
             return True
         self._num_without += 1
-        return self._num_without % PROBE_STEPS == 0
+        if self._num_without < probe_steps:
+            return False
+        self._num_without = 0
+        return True
+
+
+def _probe_steps(extra: float) -> int:
+    """One of so many steps drafts, where drafting takes so much longer: 0.5 means half a step."""
+    return min(max(PROBE_STEPS, math.ceil(extra / _PROBE_SHARE)), _MOST_PROBE_STEPS)
 
 
 def _descending(
@@ -277,16 +292,22 @@ def _descending(
 
 @dataclass
 class _Settled:
-    """What was decided for some steps: all that is planned is verified while the host hides the batch's rows."""
+    """What was decided for some steps.
 
-    num_reqs: int  # at most
-    num_rows: int  # at most
+    All that is planned is verified while the host hides the batch's rows; or nothing is verified or drafted.
+    """
+
+    num_reqs: int  # at most; without drafts just so many
+    num_rows: int  # at most; without drafts as many as there are
     context: float  # slots that the batch reads, as of the decision
     steps_left: int = _SETTLED_STEPS - 1
+    drafts: bool = True
 
     def holds(self, num_reqs: int, num_rows: int) -> bool:
         """Whether this step is one of them."""
         self.steps_left -= 1
+        if not self.drafts:
+            return self.steps_left >= 0 and num_reqs == self.num_reqs
         return self.steps_left >= 0 and num_reqs <= self.num_reqs and num_rows <= self.num_rows
 
     @property

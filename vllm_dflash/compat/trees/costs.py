@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_dflash.budget import StepCosts, stepped
+from vllm_dflash.compat.trees.store import TreeStore
 
 _REPLAYS = 4
 #: Slots of context of each made-up request; at a few sizes also so many more, for what a slot costs.
@@ -29,9 +30,13 @@ class CostProfile:
         self.max_num_rows, self.max_num_reqs = max_num_rows, max_num_reqs
         self.context, self.long_context = (max(0, min(c, longest_context)) for c in (_CONTEXT, _LONG_CONTEXT))
         self.planned: list[tuple[int, int]] = []  # rows and context
+        self.plain: list[int] = []  # rows, of steps without candidates
 
-    def batches(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
-        """Arguments of made-up steps: every captured size, and the next one without a graph."""
+    def batches(self, capture_sizes: list[int], store: TreeStore) -> Iterator[dict[str, int]]:
+        """Arguments of made-up steps: every captured size, and the next one without a graph.
+
+        Then those of graphs for steps without candidates: they have to be run while the iterator stands at them.
+        """
         largest = capture_sizes[-1] if capture_sizes else 0
         beyond = {min(2 * largest, self.max_num_rows)} - {*capture_sizes, 0}
         sizes = [*capture_sizes, *beyond]
@@ -42,19 +47,27 @@ class CostProfile:
         for rows, context in self.planned:
             for _ in range(_REPLAYS):
                 yield {"num_tokens": rows, "context_len": context}
+        self.plain = sorted(store.plain_sizes.intersection(capture_sizes))
+        with store.without_candidates():
+            for rows in self.plain:
+                for _ in range(_REPLAYS):
+                    yield {"num_tokens": rows, "context_len": self.context}
 
     def costs(self, samples: Sequence[Any]) -> StepCosts:
         """Tables of the timed steps, in the order that they were planned."""
-        if len(samples) != _REPLAYS * len(self.planned):
-            raise RuntimeError(f"{_REPLAYS * len(self.planned)} made-up steps were planned, {len(samples)} timed")
-        forwards: dict[tuple[int, int], float] = {}
+        num_steps = _REPLAYS * (len(self.planned) + len(self.plain))
+        if len(samples) != num_steps:
+            raise RuntimeError(f"{num_steps} made-up steps were planned, {len(samples)} timed")
+        medians = [
+            float(np.median([sample.forward_ms for sample in samples[start : start + _REPLAYS]]))
+            for start in range(0, num_steps, _REPLAYS)
+        ]
+        forwards = dict(zip(self.planned, medians, strict=False))
+        plain = dict(zip(self.plain, medians[len(self.planned) :], strict=True))
         drafts: defaultdict[int, list[float]] = defaultdict(list)
-        for index, planned in enumerate(self.planned):
-            timed = samples[_REPLAYS * index : _REPLAYS * (index + 1)]
-            forwards[planned] = float(np.median([sample.forward_ms for sample in timed]))
-            for sample in timed:
-                if sample.full_cudagraph:  # else the host's launches are timed
-                    drafts[sample.num_reqs].append(sample.drafter_ms)
+        for sample in samples:
+            if sample.full_cudagraph:  # else the host's launches are timed
+                drafts[sample.num_reqs].append(sample.drafter_ms)
         verify = sorted((rows, ms) for (rows, context), ms in forwards.items() if context == self.context)
         contexts = [(rows, float(min(rows, self.max_num_reqs) * self.context)) for rows, _ in verify]
         slopes = [
@@ -63,11 +76,13 @@ class CostProfile:
             if context > self.context
         ]
         draft = sorted((num_reqs, float(np.median(ms))) for num_reqs, ms in drafts.items())
+        spared = [(rows, max(0.0, forwards[rows, self.context] - ms)) for rows, ms in plain.items()]
         return StepCosts(
             verify_ms=stepped(verify, self.max_num_rows) + self._logits_ms(),
             draft_ms=stepped(draft or [(1, 0.0)], self.max_num_reqs),
             context_ms=max(0.0, min(slopes, default=0.0)),
             profiled_context=stepped(contexts, self.max_num_rows),
+            spared_ms=_next_size(spared, self.max_num_reqs),
         )
 
     def _logits_ms(self) -> np.ndarray:
@@ -85,6 +100,17 @@ class CostProfile:
         slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
         behind = np.maximum(wanted - sizes[-1], 0) * max(slope, 0.0)
         return np.interp(wanted, sizes, np.maximum.accumulate(values)) + behind
+
+
+def _next_size(
+    samples: list[tuple[int, float]],  # size and value, ascending
+    most: int,
+) -> np.ndarray:
+    """A table [most + 1] of the values at the next larger sizes; 0 behind the last one."""
+    table, done = np.zeros(most + 1), 0
+    for size, value in samples:
+        table[done : size + 1], done = value, size + 1
+    return table
 
 
 def _gpu_ms(run: Callable[[], None]) -> float:
