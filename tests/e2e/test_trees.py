@@ -53,12 +53,13 @@ def engines(prompts, tmp_path_factory):
     again from the prefix cache. Side by side."""
     greedy, cached = (RUN | {"name": name} for name in ("greedy", "cached"))
     jobs = {"plain": (BASE, [greedy, SEEDED, MIXED]), "treed": (BASE | trees(), [greedy, cached, SEEDED, MIXED])}
+    folders = {name: tmp_path_factory.mktemp(name) for name in jobs}  # not made in threads
 
     def run(name):
         llm, runs = jobs[name]
         llm = llm | {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
         runs = [run | {"prompts": prompts} for run in runs]
-        return run_engine(tmp_path_factory.mktemp(name), llm, runs, runner="V2", VLLM_CPU_OMP_THREADS_BIND="nobind")
+        return run_engine(folders[name], llm, runs, runner="V2", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(jobs, pool.map(run, jobs), strict=True))
@@ -188,6 +189,21 @@ def test_nodes_that_follow_the_load(prompts, plain, tmp_path):
     requests = mixed.counters["vllm_dflash:tree_budget_requests"]  # of the last step
     assert 1 <= requests <= NUM_PROMPTS
     assert 0 <= mixed.counters["vllm_dflash:tree_budget_nodes"] <= 23 * requests
+
+
+def test_steps_without_drafts(prompts, plain, tmp_path):
+    """Two steps draft, twelve do not, and so on: what these wrote into the caches is there when the next ones draft.
+
+    Requests end, and a fifth one comes, while others' context is still to be written.
+    """
+    llm = BASE | trees("auto") | {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 4}
+    llm["speculative_config"]["num_speculative_tokens"] = 15
+    run = RUN | {"name": "run", "prompts": prompts[:5], "max_tokens": [9, *[MAX_TOKENS] * 4]}
+    got = run_engine(tmp_path, llm, [run], runner="V2", alternates=True, VLLM_CPU_OMP_THREADS_BIND="nobind")["run"]
+    assert got.token_ids == [plain["greedy"].token_ids[0][:9], *plain["greedy"].token_ids[1:5]]
+    assert got.counters["vllm_dflash:fallbacks[does_not_pay]"] >= 8
+    accepted, drafts = got.counters["vllm:spec_decode_num_accepted_tokens"], "vllm_dflash:spec_decode_num_drafts"
+    assert accepted / got.counters[drafts] > 4
 
 
 def test_tensor_parallel(prompts, plain, tmp_path):

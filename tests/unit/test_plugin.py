@@ -145,9 +145,20 @@ def test_only_claimed_engines_are_ours() -> None:
     assert not ownership.drafts_here(SimpleNamespace(speculative_config=None))
 
 
+class FinishingRunner:
+    """vLLM's runner, as far as it is patched."""
+
+    def __init__(self, config: Any, speculator: Any) -> None:
+        self.vllm_config, self.speculator = config, speculator
+
+    def finish_requests(self, scheduler_output: list[str]) -> None:
+        scheduler_output.append("finished")
+
+
 def model_runner() -> Any:
     """vLLM's module, as far as it is patched."""
     return SimpleNamespace(
+        GPUModelRunner=type("Runner", (FinishingRunner,), {}),
         init_speculator=lambda *arguments: ("vLLM's", arguments),
         init_model_state=lambda *arguments: ("vLLM's", arguments),
         maybe_create_adaptive_verification_manager=lambda **options: ("vLLM's", options),
@@ -167,6 +178,20 @@ def test_the_v2_runner_gets_our_adapter_for_our_engines_alone(monkeypatch: pytes
     ownership.claim(claimed.speculative_config, DRAFTER)
     assert runner.init_speculator(other, "cuda", "states") == ("vLLM's", (other, "cuda", "states"))
     assert runner.init_speculator(claimed, "cuda", "states") == ("ours", (claimed, "cuda"))
+
+
+def test_our_adapter_is_told_before_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_originals", {})
+    runner = model_runner()
+    select_v2.install(runner)  # type: ignore[arg-type]
+    claimed, other = engine("dflash"), engine("dflash")
+    ownership.claim(claimed.speculative_config, DRAFTER)
+    ours = SimpleNamespace(before_step=lambda scheduler_output: scheduler_output.append("told"))
+    # The last one: a pipeline's earlier rank.
+    for config, speculator, expected in ((claimed, ours, ["told"]), (other, object(), []), (claimed, None, [])):
+        seen: list[str] = []
+        runner.GPUModelRunner(config, speculator).finish_requests(seen)
+        assert seen == [*expected, "finished"]
 
 
 def test_targets_of_trees_alone_get_a_state_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, get_kv_cache_spec_sliding_window
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -35,6 +36,7 @@ from vllm_dflash.logs import logger
 from vllm_dflash.model_executor.draft_model import DFlashDraftModel
 from vllm_dflash.model_executor.target_features import check_target
 from vllm_dflash.proposer import AnchorSource, BlockInputs, DFlashProposer, Drafts, StepInputs
+from vllm_dflash.proposer.backlog import ContextBacklog
 from vllm_dflash.proposer.sampling import Sampler, greedy_drafts, mask_rows
 from vllm_dflash.proposer.staging import StagedStep, StagingLimits
 from vllm_dflash.proposer.tapped_states import TappedStates
@@ -60,6 +62,7 @@ class V2Adapter(DraftModelSpeculator):
         self.num_query_per_req = 1 + (shape.num_depths if shape else self.num_speculative_steps)
         self.graphs: DraftGraphs | None = None
         self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
+        self.backlog: ContextBacklog | None = None  # where steps may do without drafts
 
     # Start-up, in the order the runner calls.
 
@@ -101,6 +104,8 @@ class V2Adapter(DraftModelSpeculator):
         self._configure_decode_metadata_update()
         self.attention = attention
         self.proposer.bind_caches(attention.group_of_layer, attention.block_sizes)
+        if self.budget:
+            self.backlog = self._make_backlog(attention)
         self.staged = StagedStep(
             StagingLimits(self.max_num_reqs, self.num_query_per_req, self._max_context_rows(), self.max_model_len),
             [block_tables.input_block_tables[gid] for gid in attention.gids],
@@ -203,11 +208,12 @@ class V2Adapter(DraftModelSpeculator):
             self.staged.write_nothing()
         drafts = num_speculative_tokens != 0 and (self.budget is None or dummy_run or self.budget.drafts)
         if not drafts:
-            self._inject_from(tapped, 0)
+            self._inject_later(tapped, num_reqs)
             self.draft_tokens[:num_reqs].zero_()  # they may be verified as candidates that nobody drafted
         elif desc.cg_mode == CUDAGraphMode.FULL:
             self._replay(desc, input_batch, tapped, in_graph)
         else:
+            self._inject_backlog()
             self._inject_from(tapped, 0)
             block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
@@ -241,6 +247,7 @@ class V2Adapter(DraftModelSpeculator):
     ) -> None:
         """Run the captured step. Context rows beyond the graph's, a prefill's, are injected first."""
         assert self.graphs is not None and desc.num_reqs is not None
+        self._inject_backlog()
         self._inject_from(tapped, num_graph_rows)
         inside = min(tapped.num_rows, num_graph_rows)
         tapped.write(self._graph_features()[:inside], 0, inside)
@@ -254,6 +261,24 @@ class V2Adapter(DraftModelSpeculator):
         if start < tapped.num_rows:
             features = tapped.features(start, tapped.num_rows)
             self.proposer.inject(features, self.staged.context_rows(start, tapped.num_rows))
+
+    def _inject_later(self, tapped: TappedStates, num_reqs: int) -> None:
+        """Inject all context rows of a step without drafts before the next step with drafts."""
+        rows = self.staged.context_rows(0, tapped.num_rows)
+        if self.backlog is None or not self.backlog.keep(tapped, rows, num_reqs):
+            self._inject_from(tapped, 0)
+
+    def _inject_backlog(self) -> None:
+        """Inject the context of steps without drafts."""
+        if self.backlog is not None:
+            self.backlog.inject()
+
+    @torch.inference_mode()
+    def before_step(self, scheduler_output: SchedulerOutput) -> None:
+        """Called before the runner lets requests go."""
+        if self.backlog is not None:
+            lost = scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids
+            self.backlog.before_step(bool(lost), has_rows=scheduler_output.total_num_scheduled_tokens > 0)
 
     def _block(self, input_batch: InputBatch, num_reqs: int) -> BlockInputs:
         num_query_rows = self.num_query_per_req
@@ -371,6 +396,15 @@ class V2Adapter(DraftModelSpeculator):
             width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
             self.features = torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)
         return self.features
+
+    def _make_backlog(self, attention: DraftAttention) -> ContextBacklog:
+        """Memory for context that is injected later."""
+        specs = [group.kv_cache_spec for group in attention.groups]
+        windows = [window for spec in specs if (window := get_kv_cache_spec_sliding_window(spec))]
+        width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
+        smallest = min(windows, default=None)
+        inject = self.proposer.inject
+        return ContextBacklog(len(attention.gids), width, smallest, self.dtype, self.device, inject)
 
     def _same_on_every_dp_rank(self, num_tokens: int) -> torch.Tensor | None:
         return torch.full((self.dp_size,), num_tokens, dtype=torch.int32) if self.dp_size > 1 else None

@@ -10,6 +10,10 @@ Patches there too: `ModelCudaGraphManager`. Reason: with adaptive verification i
 trees follow the load, also graphs for steps without candidates. Removable when its graphs know how many rows a request
 has. And `resolve_adaptive_cudagraph_mode`. Reason: it takes an engine without CUDA graphs for a mistake. Added: such
 engines keep their mode. Removable when adaptive verification runs eagerly.
+
+Patches `GPUModelRunner.finish_requests` there. Reason: a speculator is not told of requests that end or are preempted,
+and what it writes late must not meet their slots' next owners. Added: our adapter is told first. Removable when vLLM
+tells its speculator.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ def install(model_runner: ModuleType) -> None:
     make_budget = model_runner.maybe_create_adaptive_verification_manager
     choose_mode = model_runner.resolve_adaptive_cudagraph_mode
     make_graphs = model_runner.ModelCudaGraphManager
+    finish = model_runner.GPUModelRunner.finish_requests
 
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
         """vLLM's function, with our adapter for our engines. Same signature."""
@@ -73,6 +78,13 @@ def install(model_runner: ModuleType) -> None:
 
         return TreeGraphs(vllm_config, device, mode, **options)
 
+    def finish_requests(self: Any, scheduler_output: Any) -> None:
+        """vLLM's method, which begins a step. Same signature."""
+        if drafts_here(self.vllm_config) and self.speculator is not None:
+            self.speculator.before_step(scheduler_output)
+        finish(self, scheduler_output)
+
+    patching.replace(model_runner.GPUModelRunner, "finish_requests", finish_requests)
     patching.replace(model_runner, "init_speculator", init_speculator)
     patching.replace(model_runner, "ModelCudaGraphManager", make_cudagraph_manager)
     patching.replace(model_runner, "maybe_create_adaptive_verification_manager", make_adaptive_verification)
