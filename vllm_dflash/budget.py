@@ -100,6 +100,7 @@ class Choice:
     expected: float  # tokens
     step_ms: float
     gain: float  # tokens a request more than steps without drafting give in the same time
+    plain_ms: float  # a step that neither verifies nor drafts
 
     @property
     def is_worth_drafting(self) -> bool:
@@ -147,8 +148,9 @@ def choose(
     ms = costs.steps_ms(num_other_rows, num_other_rows + most, num_reqs, context)
     budget = int((expected / ms).argmax())
     tokens, step_ms = float(expected[budget]), float(ms[budget])
-    without = num_sampling * step_ms / costs.step_ms(num_other_rows, num_reqs, context, drafts=False)
-    return Choice(budget, tokens, step_ms, gain=(tokens - without) / max(1, num_sampling))
+    plain_ms = costs.step_ms(num_other_rows, num_reqs, context, drafts=False)
+    without = num_sampling * step_ms / plain_ms
+    return Choice(budget, tokens, step_ms, (tokens - without) / max(1, num_sampling), plain_ms)
 
 
 def even_shares(

@@ -61,7 +61,7 @@ def test_steps_without_candidates_may_take_less() -> None:
 
 
 def worth(gain: float) -> Choice:
-    return Choice(1, 2.0, 1.0, gain)
+    return Choice(1, 2.0, 1.0, gain, plain_ms=1.0)
 
 
 def test_one_tree_that_says_nothing_does_not_end_drafting() -> None:

@@ -213,7 +213,6 @@ class V2Adapter(DraftModelSpeculator):
         elif desc.cg_mode == CUDAGraphMode.FULL:
             self._replay(desc, input_batch, tapped, in_graph)
         else:
-            self._inject_backlog()
             self._inject_from(tapped, 0)
             block = self._block(input_batch, num_reqs_padded)
             num_tokens_across_dp = None if sync is None else sync.num_tokens_across_dp
@@ -247,7 +246,6 @@ class V2Adapter(DraftModelSpeculator):
     ) -> None:
         """Run the captured step. Context rows beyond the graph's, a prefill's, are injected first."""
         assert self.graphs is not None and desc.num_reqs is not None
-        self._inject_backlog()
         self._inject_from(tapped, num_graph_rows)
         inside = min(tapped.num_rows, num_graph_rows)
         tapped.write(self._graph_features()[:inside], 0, inside)
@@ -257,7 +255,9 @@ class V2Adapter(DraftModelSpeculator):
         self.graphs.run_fullgraph(desc)
 
     def _inject_from(self, tapped: TappedStates, start: int) -> None:
-        """Inject context rows from `start` on outside of a graph."""
+        """Inject context rows from `start` on outside of a graph, and before them those of steps without drafts."""
+        if self.backlog is not None:
+            self.backlog.inject()
         if start < tapped.num_rows:
             features = tapped.features(start, tapped.num_rows)
             self.proposer.inject(features, self.staged.context_rows(start, tapped.num_rows))
@@ -267,11 +267,6 @@ class V2Adapter(DraftModelSpeculator):
         rows = self.staged.context_rows(0, tapped.num_rows)
         if self.backlog is None or not self.backlog.keep(tapped, rows, num_reqs):
             self._inject_from(tapped, 0)
-
-    def _inject_backlog(self) -> None:
-        """Inject the context of steps without drafts."""
-        if self.backlog is not None:
-            self.backlog.inject()
 
     @torch.inference_mode()
     def before_step(self, scheduler_output: SchedulerOutput) -> None:

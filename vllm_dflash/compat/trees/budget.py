@@ -155,8 +155,7 @@ class TreeBudget:
             planned_nodes = _descending(known[has_tree], self._room(num_reqs, num_others))
             choice = choose(planned_nodes, int(ends_prompt.sum()), num_others, num_reqs, context, costs)
         self._chosen = choice.budget if self._has_drafts else 0
-        plain_ms = costs.step_ms(num_reqs, num_reqs, context, drafts=False)
-        probe_steps = _probe_steps(later.step_ms / plain_ms - 1)
+        probe_steps = _probe_steps(later.step_ms / later.plain_ms - 1)
         self.drafts, self._settled = self._is_to_draft(later, probe_steps), None
         if self.drafts and self._has_drafts:
             self._settle(num_others + self._num_planned, context, costs)
@@ -166,7 +165,8 @@ class TreeBudget:
         if num_others == num_reqs:
             self._log.note(num_reqs, self._chosen, later, self.drafts)
             if self._chosen:
-                self.break_even = costs.step_ms(num_reqs + self._chosen, num_reqs, context, drafts=True) / plain_ms
+                step_ms = costs.step_ms(num_reqs + self._chosen, num_reqs, context, drafts=True)
+                self.break_even = step_ms / later.plain_ms
         return context
 
     def _settle(self, num_rows: int, context: float, costs: StepCosts) -> None:
@@ -306,9 +306,11 @@ class _Settled:
     def holds(self, num_reqs: int, num_rows: int) -> bool:
         """Whether this step is one of them."""
         self.steps_left -= 1
+        if self.steps_left < 0:
+            return False
         if not self.drafts:
-            return self.steps_left >= 0 and num_reqs == self.num_reqs
-        return self.steps_left >= 0 and num_reqs <= self.num_reqs and num_rows <= self.num_rows
+            return num_reqs == self.num_reqs
+        return num_reqs <= self.num_reqs and num_rows <= self.num_rows
 
     @property
     def ends_soon(self) -> bool:

@@ -63,7 +63,6 @@ class CostProfile:
             for start in range(0, num_steps, _REPLAYS)
         ]
         forwards = dict(zip(self.planned, medians, strict=False))
-        plain = dict(zip(self.plain, medians[len(self.planned) :], strict=True))
         drafts: defaultdict[int, list[float]] = defaultdict(list)
         for sample in samples:
             if sample.full_cudagraph:  # else the host's launches are timed
@@ -76,13 +75,15 @@ class CostProfile:
             if context > self.context
         ]
         draft = sorted((num_reqs, float(np.median(ms))) for num_reqs, ms in drafts.items())
-        spared = [(rows, max(0.0, forwards[rows, self.context] - ms)) for rows, ms in plain.items()]
+        plain = zip(self.plain, medians[len(self.planned) :], strict=True)
+        spared = [max(0.0, forwards[rows, self.context] - ms) for rows, ms in plain]
         return StepCosts(
             verify_ms=stepped(verify, self.max_num_rows) + self._logits_ms(),
             draft_ms=stepped(draft or [(1, 0.0)], self.max_num_reqs),
             context_ms=max(0.0, min(slopes, default=0.0)),
             profiled_context=stepped(contexts, self.max_num_rows),
-            spared_ms=_next_size(spared, self.max_num_reqs),
+            # Of the next larger size; behind the last one there is no such graph.
+            spared_ms=np.array([*spared, 0.0])[np.searchsorted(self.plain, np.arange(self.max_num_reqs + 1))],
         )
 
     def _logits_ms(self) -> np.ndarray:
@@ -100,17 +101,6 @@ class CostProfile:
         slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
         behind = np.maximum(wanted - sizes[-1], 0) * max(slope, 0.0)
         return np.interp(wanted, sizes, np.maximum.accumulate(values)) + behind
-
-
-def _next_size(
-    samples: list[tuple[int, float]],  # size and value, ascending
-    most: int,
-) -> np.ndarray:
-    """A table [most + 1] of the values at the next larger sizes; 0 behind the last one."""
-    table, done = np.zeros(most + 1), 0
-    for size, value in samples:
-        table[done : size + 1], done = value, size + 1
-    return table
 
 
 def _gpu_ms(run: Callable[[], None]) -> float:
