@@ -47,7 +47,7 @@ def expected_tensors(config: DFlashConfig) -> dict[str, Shape]:
     """name -> shape of every tensor that a drafter of the published layout must have."""
     hidden, head_dim = config.hidden_size, config.head_dim
     tensors: dict[str, Shape] = {
-        "fc.weight": (hidden, len(config.target_layer_ids) * config.target_hidden_size),
+        "fc.weight": (hidden, config.feature_width),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
     }

@@ -97,6 +97,11 @@ class DFlashConfig:
         return self.block_size - 1
 
     @property
+    def feature_width(self) -> int:
+        """Of a row of context features: the tapped layers' hidden states side by side."""
+        return len(self.target_layer_ids) * self.target_hidden_size
+
+    @property
     def aux_hidden_state_layer_ids(self) -> tuple[int, ...]:
         """The taps in the numbering of vLLM's aux hidden states and of Transformers' ``hidden_states``.
 

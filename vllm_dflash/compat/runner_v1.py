@@ -117,7 +117,7 @@ class V1Adapter(SpecDecodeBaseProposer):
         """A step's arithmetic on `num_tokens` made-up context rows: profiling, warm-up, idle data-parallel ranks."""
         num_query_rows = 1 + self.num_speculative_tokens
         num_reqs = max(1, min(num_tokens // num_query_rows, self.max_batch_size))
-        width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
+        width = self.dflash.feature_width
         features = torch.zeros(num_tokens, width, dtype=self.dtype, device=self.device)
         block = BlockInputs.made_up(num_reqs, num_query_rows, self.device)
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)

@@ -388,17 +388,14 @@ class V2Adapter(DraftModelSpeculator):
         if self.features is None:
             assert self.graphs is not None
             num_rows = self._num_graph_context_rows(self.graphs.most_requests)
-            width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
-            self.features = torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)
+            self.features = torch.zeros(num_rows, self.dflash.feature_width, dtype=self.dtype, device=self.device)
         return self.features
 
     def _make_backlog(self, attention: DraftAttention) -> ContextBacklog:
         """Memory for context that is injected later."""
         specs = [group.kv_cache_spec for group in attention.groups]
         windows = [window for spec in specs if (window := get_kv_cache_spec_sliding_window(spec))]
-        width = len(self.dflash.target_layer_ids) * self.dflash.target_hidden_size
-        smallest = min(windows, default=None)
-        inject = self.proposer.inject
+        width, smallest, inject = self.dflash.feature_width, min(windows, default=None), self.proposer.inject
         return ContextBacklog(len(attention.gids), width, smallest, self.dtype, self.device, inject)
 
     def _same_on_every_dp_rank(self, num_tokens: int) -> torch.Tensor | None:

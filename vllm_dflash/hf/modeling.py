@@ -171,7 +171,7 @@ class DFlashDraftModel(PreTrainedModel):
         if not dflash.is_neox_style:
             raise ValueError(f"{dflash.source}: is_neox_style = false is not supported by the Transformers backend")
         self.layers = nn.ModuleList(DFlashDecoderLayer(dflash, config, i) for i in range(dflash.num_hidden_layers))
-        self.fc = nn.Linear(len(dflash.target_layer_ids) * dflash.target_hidden_size, dflash.hidden_size, bias=False)
+        self.fc = nn.Linear(dflash.feature_width, dflash.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
         self.norm = nn.RMSNorm(dflash.hidden_size, eps=dflash.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(dflash, config)

@@ -51,7 +51,7 @@ class ContextKV(nn.Module):
         self._projections = tuple(projections)
         self._rotary_emb = (rotary_emb,)
         self.fc = ReplicatedLinear(
-            len(config.target_layer_ids) * config.target_hidden_size,
+            config.feature_width,
             config.hidden_size,
             bias=False,
             quant_config=get_draft_quant_config(vllm_config),
