@@ -3,11 +3,11 @@
 
     python engine_child.py JOB.json RESULT.json
 
-The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "alternates": bool, "runs": [{"name", "prompts":
-[[ids]], "max_tokens": of all or of each, "temperature", "concurrent": bool, "arrivals": [the step before which each
-comes], "sampling": [more SamplingParams of each]}]}. The result: per run the token ids, their log-probabilities where
-`sampling` asks for them, step by step how many tokens each request gained, and in which step it began to; and vLLM's
-and the plugin's counters over the whole run.
+The job: {"llm": LLM arguments, "plant_bias": added logit or 0, "alternates": [steps that draft, steps that do not] or
+null, "runs": [{"name", "prompts": [[ids]], "max_tokens": of all or of each, "temperature", "concurrent": bool,
+"arrivals": [the step before which each comes], "sampling": [more SamplingParams of each]}]}. The result: per run the
+token ids, their log-probabilities where `sampling` asks for them, step by step how many tokens each request gained, and
+in which step it began to; and vLLM's and the plugin's counters over the whole run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(job_file: str, result_file: str) -> None:
     if job.get("plant_bias"):
         plant_bias(job["plant_bias"])
     if job.get("alternates"):
-        alternate_drafting()
+        alternate_drafting(*job["alternates"])
     llm = LLM(**{"skip_tokenizer_init": True, "enforce_eager": True, "disable_log_stats": False} | job["llm"])
     runs = {run["name"]: generate(llm, run) for run in job["runs"]}
     Path(result_file).write_text(json.dumps(runs))
@@ -124,13 +124,13 @@ def plant_bias(added_logit: float) -> None:
     RejectionSampler.forward = biased
 
 
-def alternate_drafting() -> None:
-    """Let trees that follow the load be drafted for two decisions, for twelve not, and so on."""
+def alternate_drafting(num_with: int, num_without: int) -> None:
+    """Let trees that follow the load be drafted for some decisions, for others not, and so on."""
     from vllm_dflash.compat.trees.budget import TreeBudget, _Settled
 
     decisions = itertools.count()
     _Settled.holds = lambda self, *batch: False
-    TreeBudget._is_to_draft = lambda self, choice, probe_steps: next(decisions) % 14 < 2
+    TreeBudget._is_to_draft = lambda self, choice, probe_steps: next(decisions) % (num_with + num_without) < num_with
 
 
 if __name__ == "__main__":

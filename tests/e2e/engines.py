@@ -68,12 +68,12 @@ def run_engine(
     runs: list[dict[str, Any]],
     plant_bias: float = 0.0,
     runner: str = "V1",
-    alternates: bool = False,
+    alternates: tuple[int, int] | None = None,
     **env: str,
 ) -> dict[str, Run]:
     """Run one engine through `runs` in a process of its own; raises with the end of its log if it fails.
 
-    `runner` is one of RUNNERS.
+    `runner` is one of RUNNERS. `alternates`: so many steps draft trees, then so many do not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"

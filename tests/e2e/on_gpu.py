@@ -20,9 +20,11 @@ BASE = {
 }
 
 
-def generate(folder: Path, alternates: bool = False, **changes: Any) -> Run:
-    """`changes` of BASE, which is without speculation. `alternates`: some steps draft trees, some do not."""
-    run = {"name": "run", "prompts": held_out_prompts(NUM_PROMPTS), "max_tokens": MAX_TOKENS}
+def generate(
+    folder: Path, alternates: tuple[int, int] | None = None, num_prompts: int = NUM_PROMPTS, **changes: Any
+) -> Run:
+    """`changes` of BASE, which is without speculation. `alternates`: so many steps draft trees, then so many do not."""
+    run = {"name": "run", "prompts": held_out_prompts(num_prompts), "max_tokens": MAX_TOKENS}
     return run_engine(
         folder, BASE | changes, [run], runner="V2 on a GPU", alternates=alternates, RAY_USAGE_STATS_ENABLED="0"
     )["run"]

@@ -112,8 +112,27 @@ def test_trees_that_follow_the_load(plain, tmp_path):
 
 def test_trees_in_some_steps(plain, tmp_path):
     """Steps that verify nothing have graphs of their own, which read what the others have written, and the reverse."""
-    some = generate(tmp_path, alternates=True, **dflash(), additional_config={"dflash": {"tree": "auto"}})
+    some = generate(tmp_path, alternates=(2, 12), **dflash(), additional_config={"dflash": {"tree": "auto"}})
     assert_same_but_near_ties(some.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
     assert some.counters["vllm_dflash:fallbacks[does_not_pay]"] > 8
     accepted, drafts = some.counters["vllm:spec_decode_num_accepted_tokens"], "vllm_dflash:spec_decode_num_drafts"
     assert accepted / some.counters[drafts] > 4
+
+
+def test_more_rows_to_read_than_a_step_has(plain, tmp_path):
+    """Steps that verify and do not draft, beside prompts: the drafter reads 16 rows a request, the target 8."""
+    limits = {"max_num_seqs": 40, "max_num_batched_tokens": 640}
+    auto = dflash() | {"additional_config": {"dflash": {"tree": "auto"}}}
+    got = generate(tmp_path, alternates=(1, 1), num_prompts=2 * NUM_PROMPTS, **limits, **auto)
+    first = got.token_ids[:NUM_PROMPTS]
+    assert_same_but_near_ties(first, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+
+
+@pytest.mark.parametrize("tree", [None, 31, "auto"])
+def test_defaults_of_a_server_on_a_large_card(tree, plain, tmp_path):
+    """A full batch would draft more rows than a step has."""
+    limits = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
+    options = {"additional_config": {"dflash": {"tree": tree}}} if tree else {}
+    got = generate(tmp_path, **limits, **dflash(), **options)
+    assert_same_but_near_ties(got.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+    assert got.acceptance_length > 5

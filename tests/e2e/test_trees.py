@@ -199,7 +199,7 @@ def test_steps_without_drafts(prompts, plain, tmp_path):
     llm = BASE | trees("auto") | {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 4}
     llm["speculative_config"]["num_speculative_tokens"] = 15
     run = RUN | {"name": "run", "prompts": prompts[:5], "max_tokens": [9, *[MAX_TOKENS] * 4]}
-    got = run_engine(tmp_path, llm, [run], runner="V2", alternates=True, VLLM_CPU_OMP_THREADS_BIND="nobind")["run"]
+    got = run_engine(tmp_path, llm, [run], runner="V2", alternates=(2, 12), VLLM_CPU_OMP_THREADS_BIND="nobind")["run"]
     assert got.token_ids == [plain["greedy"].token_ids[0][:9], *plain["greedy"].token_ids[1:5]]
     assert got.counters["vllm_dflash:fallbacks[does_not_pay]"] >= 8
     accepted, drafts = got.counters["vllm:spec_decode_num_accepted_tokens"], "vllm_dflash:spec_decode_num_drafts"

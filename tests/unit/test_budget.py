@@ -159,3 +159,5 @@ def test_a_table_of_captured_sizes() -> None:
 def test_a_summary_names_sizes() -> None:
     text = costs([1.0] * 20, draft_ms=0.25, context_ms=2e-6).summary()
     assert "1 1.00, 16 1.00" in text and "8 0.25" in text and "2.00 ms for each million" in text
+    spared = replace(costs([1.0] * 20, draft_ms=0.25), spared_ms=np.full(20, 0.375)).summary()
+    assert "drafting, ms by requests: 1 0.25, 8 0.25; neither, ms by requests: 1 0.62, 8 0.62;" in spared

@@ -7,6 +7,7 @@ A decode step of the drafter is one CUDA graph: the adapter writes the step's ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_dflash.compat.draft_attention import DraftAttention
-from vllm_dflash.compat.draft_graphs import DraftGraphs
+from vllm_dflash.compat.draft_graphs import DraftGraphs, most_blocks
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.metrics.meter import StepMeter
@@ -60,6 +61,7 @@ class V2Adapter(DraftModelSpeculator):
             self.enable_adaptive_verification: Any = self.budget  # what the runner takes it from
         # Also the rows that are read of a verification: of a tree, a way down.
         self.num_query_per_req = 1 + (shape.num_depths if shape else self.num_speculative_steps)
+        self.most_blocks = most_blocks(vllm_config.scheduler_config, self.num_query_per_req)
         self.graphs: DraftGraphs | None = None
         self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
         self.backlog: ContextBacklog | None = None  # where steps may do without drafts
@@ -179,6 +181,8 @@ class V2Adapter(DraftModelSpeculator):
         """Draft tokens [R, K]. Called by the runner after sampling."""
         assert aux_hidden_states, "the target returned no hidden states of inner layers"
         self.meter.begin_draft()
+        if dummy_run:
+            input_batch = self._that_fits(input_batch)
         num_reqs, num_rows = input_batch.num_reqs, input_batch.num_tokens
         if skip_attn_for_dummy_run:
             return self._profile(aux_hidden_states, num_reqs, num_rows)
@@ -221,6 +225,14 @@ class V2Adapter(DraftModelSpeculator):
             self._count(drafts, has_graph=desc.cg_mode == CUDAGraphMode.FULL)
         return self.draft_tokens[:num_reqs]
 
+    def _that_fits(self, batch: InputBatch) -> InputBatch:
+        """A made-up batch, which vLLM pads to the target's graph, without requests that no step has blocks for."""
+        most = self.most_blocks
+        if batch.num_reqs <= most:
+            return batch
+        num_tokens = int(batch.query_start_loc_np[most])
+        return replace(batch, num_reqs=most, num_tokens=num_tokens, idx_mapping=batch.idx_mapping[:most])
+
     def _count(self, drafts: bool, has_graph: bool) -> None:
         """The step for the metrics."""
         self.meter.end_draft(drafts)
@@ -258,9 +270,10 @@ class V2Adapter(DraftModelSpeculator):
         """Inject context rows from `start` on outside of a graph, and before them those of steps without drafts."""
         if self.backlog is not None:
             self.backlog.inject()
-        if start < tapped.num_rows:
-            features = tapped.features(start, tapped.num_rows)
-            self.proposer.inject(features, self.staged.context_rows(start, tapped.num_rows))
+        # The drafter is compiled, and its memory profiled, for a step's rows. Trees beside prompts may have more.
+        for first in range(start, tapped.num_rows, self.max_num_tokens):
+            end = min(first + self.max_num_tokens, tapped.num_rows)
+            self.proposer.inject(tapped.features(first, end), self.staged.context_rows(first, end))
 
     def _inject_later(self, tapped: TappedStates, num_reqs: int) -> None:
         """Inject all context rows of a step without drafts before the next step with drafts."""
@@ -273,6 +286,8 @@ class V2Adapter(DraftModelSpeculator):
         """Called before the runner lets requests go."""
         if self.backlog is not None:
             lost = scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids
+            # The next part of a session's input may begin before its last row, and comes as a new request.
+            lost = lost or scheduler_output.scheduled_new_reqs
             self.backlog.before_step(bool(lost), has_rows=scheduler_output.total_num_scheduled_tokens > 0)
 
     def _block(self, input_batch: InputBatch, num_reqs: int) -> BlockInputs:
@@ -291,7 +306,9 @@ class V2Adapter(DraftModelSpeculator):
         """Which graph, if any. Under data parallelism all ranks take the same one, agreed on with the target's."""
         num_tokens, sync = num_reqs * self.num_query_per_req, None
         if dp_sync_state is not None:
-            sync, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_reqs, self.num_query_per_req)
+            # The target's graph may have room for more requests than any rank can have.
+            of_blocks = replace(dp_sync_state, num_reqs=min(dp_sync_state.num_reqs, self.most_blocks))
+            sync, num_tokens = self._build_uniform_batch_dp_sync(of_blocks, num_reqs, self.num_query_per_req)
         return dispatch_cg_and_sync_dp(
             self.graphs,
             num_reqs,
@@ -395,8 +412,8 @@ class V2Adapter(DraftModelSpeculator):
         """Memory for context that is injected later."""
         specs = [group.kv_cache_spec for group in attention.groups]
         windows = [window for spec in specs if (window := get_kv_cache_spec_sliding_window(spec))]
-        width, smallest, inject = self.dflash.feature_width, min(windows, default=None), self.proposer.inject
-        return ContextBacklog(len(attention.gids), width, smallest, self.dtype, self.device, inject)
+        sizes = (len(attention.gids), self.dflash.feature_width, min(windows, default=None), self.max_num_tokens)
+        return ContextBacklog(*sizes, self.dtype, self.device, self.proposer.inject)
 
     def _same_on_every_dp_rank(self, num_tokens: int) -> torch.Tensor | None:
         return torch.full((self.dp_size,), num_tokens, dtype=torch.int32) if self.dp_size > 1 else None

@@ -28,7 +28,7 @@ class ContextBacklog:
 
     A slot is its request's only while this runs, and in a window's cache only while later rows see it. Then it may
     become another's, even one of the target's layers. So what is kept has to be injected before a step that knows of a
-    request's end, and a step that is not kept ends what is kept, as nobody counts how far it takes a request.
+    request's end, and with a step that is not kept, as nobody counts how far it takes a request.
     """
 
     def __init__(
@@ -36,24 +36,26 @@ class ContextBacklog:
         num_groups: int,  # G
         width: int,  # F*H
         smallest_window: int | None,  # slots; None: every layer sees everything
+        max_rows: int,  # that `inject` takes at once
         dtype: torch.dtype,
         device: torch.device,
         inject: Inject,
     ) -> None:
         self._inject = inject
         self._max_steps = _MAX_STEPS if smallest_window is None else min(_MAX_STEPS, smallest_window - 1)
-        self._features = torch.zeros(_MAX_ROWS, width, dtype=dtype, device=device)
-        self._positions = torch.zeros(_MAX_ROWS, dtype=torch.int64, device=device)
-        self._slots = torch.full((num_groups, _MAX_ROWS), PADDING_SLOT, dtype=torch.int64, device=device)
+        self._max_rows = max_rows = min(_MAX_ROWS, max_rows)
+        self._features = torch.zeros(max_rows, width, dtype=dtype, device=device)
+        self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._slots = torch.full((num_groups, max_rows), PADDING_SLOT, dtype=torch.int64, device=device)
         self._num_steps = self._num_rows = 0
         self._has_lost_requests = False
 
     def keep(self, tapped: TappedStates, rows: ContextRows, num_reqs: int) -> bool:
-        """Keep a step's rows. False: it is no step to be kept, and what was has been injected."""
-        if tapped.num_rows != num_reqs or num_reqs > _MOST_REQS or self._max_steps < 2:
-            self.inject()
+        """Keep a step's rows. False: it is no step to be kept, and what is kept has to be injected."""
+        most_reqs = min(_MOST_REQS, self._max_rows)
+        if tapped.num_rows != num_reqs or num_reqs > most_reqs or self._max_steps < 2:
             return False
-        if self._num_steps == self._max_steps or self._num_rows + num_reqs > _MAX_ROWS:
+        if self._num_steps == self._max_steps or self._num_rows + num_reqs > self._max_rows:
             self.inject()
         start, end = self._num_rows, self._num_rows + num_reqs
         tapped.write(self._features[start:end], 0, tapped.num_rows)

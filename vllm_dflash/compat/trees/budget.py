@@ -298,7 +298,7 @@ class _Settled:
     """
 
     num_reqs: int  # at most; without drafts just so many
-    num_rows: int  # at most; without drafts as many as there are
+    num_rows: int  # at most; not looked at without drafts
     context: float  # slots that the batch reads, as of the decision
     steps_left: int = _SETTLED_STEPS - 1
     drafts: bool = True

@@ -118,7 +118,7 @@ class TreeStore:
         longest = batch.max_query_len or int(batch.num_scheduled_tokens.max())
         max_rows = min(longest, 1 + self.shape.num_nodes)  # a prompt may have more
         # A graph reads whatever is verified from the same memory. Of requests of one row each there is one too, which
-        # verifies nothing; but where the number of rows varies, all graphs are alike.
+        # verifies nothing; but where the number of rows varies, all of vLLM's own graphs are alike (`graphs.py`).
         if is_capture or is_whole:
             if max_rows > 1 or self.shape.is_auto:
                 padded = (batch.num_reqs_after_padding, batch.num_tokens_after_padding)
