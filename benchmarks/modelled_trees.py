@@ -46,7 +46,7 @@ from vllm_dflash.budget import StepCosts, choose
 from vllm_dflash.files import write_whole
 
 RECORDED, CHAIN, LARGE = "tree:63", "ours", "tree:auto"
-DRAWS = 200  # batches for each number of requests
+DRAWS, DRAWN_TREES = 200, 40_000  # batches for each number of requests, and trees, at least
 
 
 def main() -> None:
@@ -148,9 +148,7 @@ def measure_shape(args: argparse.Namespace) -> Record:
 
 
 def costs_of(found: Record) -> StepCosts:
-    arrays = (np.array(found["verify_ms"]), np.array(found["draft_ms"]))
-    other = {name: np.array(found[name]) for name in ("profiled_context", "spared_ms")}
-    return StepCosts(*arrays, found["context_ms"], **other)
+    return StepCosts(**{name: np.array(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 def modelled(point: Record, records: list[Record], chain_length: float, costs: StepCosts) -> Record:
@@ -180,7 +178,8 @@ def follow_the_load(num_reqs: int, context: float, records: list[Record], costs:
     engine, which knows no more than its last trees, also drafts while these are better than that.)
     """
     rng, tokens, seconds, nodes = random.Random(num_reqs), 0.0, 0.0, 0
-    batches = [rng.choices(records, k=num_reqs) for _ in range(DRAWS)]
+    num_draws = max(DRAWS, DRAWN_TREES // num_reqs)
+    batches = [rng.choices(records, k=num_reqs) for _ in range(num_draws)]
     trees = [np.sort(np.concatenate([record["likelihoods"] for record in batch]))[::-1] for batch in batches]
     choices = [choose(likelihoods, num_reqs, num_reqs, num_reqs, context, costs) for likelihoods in trees]
     drafts = bool(np.mean([choice.gain for choice in choices]) >= 0.0)
@@ -190,7 +189,7 @@ def follow_the_load(num_reqs: int, context: float, records: list[Record], costs:
         accepted = sum(sum(record["likelihoods"][node] >= threshold for node in record["accepted"]) for record in batch)
         tokens, nodes = tokens + num_reqs + accepted, nodes + budget
         seconds += costs.step_ms(num_reqs + budget, num_reqs, context, drafts) / 1000
-    return {"auto": tokens / seconds, "auto's nodes a request": nodes / DRAWS / num_reqs}
+    return {"auto": tokens / seconds, "auto's nodes a request": nodes / num_draws / num_reqs}
 
 
 def heading(measured: Record) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -28,10 +27,11 @@ class StepCosts:
     Pairs are without drafting and with it.
     """
 
-    verify_ms: np.ndarray  # [rows + 1]: the target's forward and logits, of so many rows
+    verify_ms: np.ndarray  # [rows + 1]: the target's forward and logits, of so many rows that read no context
     draft_ms: np.ndarray  # [requests + 1]: drafting for so many requests
-    context_ms: float  # more for each slot of context that the batch's attention reads
-    profiled_context: np.ndarray  # [rows + 1]: slots that were read when `verify_ms` was measured
+    context_ms: float = 0.0  # reading a slot of context, behind the first ones of each request
+    attention_ms: np.ndarray | None = None  # [requests + 1]: reading `profiled_context` slots of each of so many
+    profiled_context: int = 0
     overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else that a step's start and end are apart
     host_ms: tuple[float, float] = (0.0, 0.0)  # work of the host beside the device's: a step takes no less
     # [requests + 1]: less than `verify_ms` where each request has one row, so that nothing is verified
@@ -41,15 +41,10 @@ class StepCosts:
         """The same beside other overheads."""
         return replace(self, overheads_ms=overheads_ms, host_ms=host_ms)
 
-    @cached_property
-    def rows_ms(self) -> np.ndarray:
-        """[rows + 1]: what rows take where no context is read."""
-        return self.verify_ms - self.context_ms * self.profiled_context
-
     def gpu_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The measured parts of a step of so many rows."""
         spared_ms = self._spared_ms(num_reqs) if rows == num_reqs else 0.0
-        return max(float(self.rows_ms[rows]) - spared_ms + self._other_ms(num_reqs, context, drafts), 1e-6)
+        return max(float(self.verify_ms[rows]) - spared_ms + self._other_ms(num_reqs, context, drafts), 1e-6)
 
     def step_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The whole step."""
@@ -57,7 +52,7 @@ class StepCosts:
 
     def hidden_rows(self, num_reqs: int, context: float) -> int:
         """Up to how many rows are verified long before the host is ready for the next step; -1: not even none."""
-        gpu_ms = self.rows_ms + self._other_ms(num_reqs, context, drafts=True) + self.overheads_ms[True]
+        gpu_ms = self.verify_ms + self._other_ms(num_reqs, context, drafts=True) + self.overheads_ms[True]
         is_late = gpu_ms >= _HIDDEN * self.host_ms[True]
         return int(is_late.argmax() if is_late.any() else len(is_late)) - 1
 
@@ -69,13 +64,17 @@ class StepCosts:
         context: float,
     ) -> np.ndarray:
         """[last - first + 1]: steps with drafting, of `first` rows and each number more up to `last`."""
-        gpu_ms = self.rows_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
+        gpu_ms = self.verify_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
         if first == num_reqs:
             gpu_ms[0] -= self._spared_ms(num_reqs)
         return np.maximum(np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True], self.host_ms[True])
 
     def _other_ms(self, num_reqs: int, context: float, drafts: bool) -> float:
-        return self.context_ms * context + (float(self.draft_ms[num_reqs]) if drafts else 0.0)
+        return self._context_ms(num_reqs, context) + (float(self.draft_ms[num_reqs]) if drafts else 0.0)
+
+    def _context_ms(self, num_reqs: int, context: float) -> float:
+        first_ms = 0.0 if self.attention_ms is None else float(self.attention_ms[num_reqs])
+        return max(first_ms + self.context_ms * (context - num_reqs * self.profiled_context), 0.0)
 
     def _spared_ms(self, num_reqs: int) -> float:
         return 0.0 if self.spared_ms is None else float(self.spared_ms[num_reqs])
@@ -87,9 +86,11 @@ class StepCosts:
         verify = ", ".join(f"{size} {self.verify_ms[size]:.2f}" for size in rows)
         draft = ", ".join(f"{size} {self.draft_ms[size]:.2f}" for size in requests)
         plain = ", ".join(f"{size} {self.verify_ms[size] - self._spared_ms(size):.2f}" for size in requests)
+        context = ", ".join(f"{size} {self._context_ms(size, size * self.profiled_context):.2f}" for size in requests)
         return (
             f"verifying, ms by rows: {verify}; drafting, ms by requests: {draft}; neither, ms by requests: {plain}; "
-            f"{1e6 * self.context_ms:.2f} ms for each million slots of context"
+            f"reading context, ms by requests of {self.profiled_context} slots: {context}; "
+            f"{1e6 * self.context_ms:.2f} ms for each million slots more"
         )
 
 

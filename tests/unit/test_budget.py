@@ -14,9 +14,8 @@ from vllm_dflash.budget import Choice, DraftingGain, StepCosts, choose, stepped
 
 
 def costs(verify_ms: list[float], draft_ms: float = 0.0, context_ms: float = 0.0) -> StepCosts:
-    """Of steps of 0, 1, 2, ... rows, measured without context."""
-    verify = np.array(verify_ms)
-    return StepCosts(verify, np.full(9, draft_ms), context_ms, np.zeros(len(verify)))
+    """Of steps of 0, 1, 2, ... rows."""
+    return StepCosts(np.array(verify_ms), np.full(9, draft_ms), context_ms)
 
 
 def test_flat_costs_are_used_up() -> None:
@@ -123,6 +122,16 @@ def test_a_long_context_makes_rows_cheap() -> None:
     assert choose(likelihoods, 1, 1, 1, 10_000.0, rising).budget == 2
 
 
+def test_what_context_costs() -> None:
+    """Of two requests the first 200 slots take 0.5 ms, each of the others 1 us; fewer take no less than nothing."""
+    some = replace(costs([1.0] * 10), attention_ms=np.array([0.0, 0.375, 0.5]), profiled_context=100, context_ms=0.001)
+    assert some.step_ms(2, 2, 200.0, drafts=False) == pytest.approx(1.5)
+    assert some.step_ms(9, 2, 700.0, drafts=False) == pytest.approx(2.0)
+    assert some.step_ms(9, 1, 50.0, drafts=False) == pytest.approx(1.325)
+    assert replace(some, context_ms=0.01).step_ms(9, 1, 20.0, drafts=False) == 1.0
+    assert some.steps_ms(2, 3, 2, 300.0).tolist() == pytest.approx([1.6, 1.6])
+
+
 def test_no_more_rows_than_there_are_costs_for() -> None:
     assert choose(np.ones(9), 2, 2, 2, 0.0, costs([1.0] * 5)).budget == 2
     assert choose(np.ones(9), 2, 6, 2, 0.0, costs([1.0] * 7)).budget == 0
@@ -159,5 +168,7 @@ def test_a_table_of_captured_sizes() -> None:
 def test_a_summary_names_sizes() -> None:
     text = costs([1.0] * 20, draft_ms=0.25, context_ms=2e-6).summary()
     assert "1 1.00, 16 1.00" in text and "8 0.25" in text and "2.00 ms for each million" in text
+    read = replace(costs([1.0] * 20), attention_ms=np.arange(9.0), profiled_context=512).summary()
+    assert "reading context, ms by requests of 512 slots: 1 1.00, 8 8.00;" in read
     spared = replace(costs([1.0] * 20, draft_ms=0.25), spared_ms=np.full(20, 0.375)).summary()
     assert "drafting, ms by requests: 1 0.25, 8 0.25; neither, ms by requests: 1 0.62, 8 0.62;" in spared

@@ -26,7 +26,7 @@ def test_drafts_where_they_pay(monkeypatch: pytest.MonkeyPatch, draft_ms: float,
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from modelled_trees import follow_the_load
 
-    costs = StepCosts(np.ones(9), np.full(2, draft_ms), 0.0, np.zeros(9))
+    costs = StepCosts(np.ones(9), np.full(2, draft_ms))
     found = follow_the_load(1, 0.0, [RECORD], costs)
     assert found == {"auto": pytest.approx(tokens_s), "auto's nodes a request": nodes}
 
@@ -37,7 +37,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_ms: float, draft
     import modelled_trees
 
     costs = {"verify_ms": [1.5] * 9, "draft_ms": [draft_ms] * 2, "context_ms": 0.0}
-    costs |= {"profiled_context": [0.0] * 9, "spared_ms": [0.5] * 2}
+    costs |= {"attention_ms": [0.0] * 2, "profiled_context": 512, "spared_ms": [0.5] * 2}
     found = {"temperature": 1.0, "records": [RECORD], "chain_length": 1.5}
     of_run = {"hardware": "a card", "date": "a day", "pair": "a pair", "command": "a command"}
     (tmp_path / "measured.json").write_text(json.dumps(of_run | {"temperatures": [found], "costs": costs}))

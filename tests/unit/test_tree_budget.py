@@ -42,7 +42,7 @@ def made_budget(verify_ms: list[float], draft_ms: float = 0.1) -> TreeBudget:
     made = TreeBudget(2, NODES, CPU, StepMeter.on(CPU))
     made.begin(states, torch.zeros(3, dtype=torch.int32), 1, max_total_logits=100)
     table = np.array(verify_ms)
-    made.costs = StepCosts(table, np.full(3, draft_ms), 0.0, np.zeros(len(table)))
+    made.costs = StepCosts(table, np.full(3, draft_ms))
     made._store = OfSteps()
     made._store.trees = SimpleNamespace(probs=torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.5, 0.4, 0.3, 0.1]]))
     return made
@@ -361,6 +361,7 @@ def profile(
     timed: list[Any] = []
     store: Any = OfSteps(*(spared_ms or {}))
     for batch in made.batches([1, 2, 8], store):
+        assert batch.keys() == {"num_tokens", "context_len", "randomize_inputs"} and batch["randomize_inputs"]
         forward_ms, drafter_ms = samples[batch["num_tokens"], batch["context_len"]]
         forward_ms -= (spared_ms or {})[batch["num_tokens"]] if store.is_plain else 0.0
         noise = 50.0 if not len(timed) % 4 else 0.0  # the first of each
@@ -378,11 +379,13 @@ def profile(
 def test_tables_of_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = profile(
         {
-            (1, 512): (1.0, 0.3),
-            (2, 512): (1.5, 0.4),
-            (8, 512): (2.0, 0.6),
-            (16, 512): (4.0, 99.0),  # without a graph
-            (8, 4096): (2.0 + 4 * 3584 * 1e-5, 0.6),
+            (1, 0): (1.0, 0.3),
+            (2, 0): (1.5, 0.4),
+            (8, 0): (2.0, 0.6),
+            (16, 0): (4.0, 99.0),  # without a graph
+            (1, 512): (1.125, 0.3),
+            (2, 512): (1.875, 0.4),
+            (2, 4096): (1.875 + 2 * 3584 * 1e-5, 0.4),
         },
         monkeypatch,
         spared_ms={1: 0.125, 2: 0.25},
@@ -390,18 +393,58 @@ def test_tables_of_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verify_ms[[1, 2, 3, 8, 9, 16]].tolist() == pytest.approx([1.25, 1.75, 2.25, 2.25, 4.25, 4.25])
     assert found.draft_ms.tolist() == pytest.approx([0.3, 0.3, 0.4, 0.6, 0.6])
     assert found.context_ms == pytest.approx(1e-5)
-    assert found.profiled_context[[1, 2, 8]].tolist() == [512, 1024, 2048]
-    # A step of eight rows with twice the context that it was measured with.
-    assert found.gpu_ms(8, 4, 4096.0, drafts=False) == pytest.approx(2.25 + 2048 * 1e-5)
+    assert found.attention_ms is not None and found.attention_ms.tolist() == pytest.approx([0, 0.125, *[0.375] * 3])
+    # Of eight rows only two are requests, with twice the context that such were measured with.
+    assert found.gpu_ms(8, 2, 2048.0, drafts=False) == pytest.approx(2.25 + 0.375 + 1024 * 1e-5)
+    assert found.gpu_ms(8, 2, 1024.0, drafts=True) == pytest.approx(2.25 + 0.375 + 0.4)
     assert found.spared_ms is not None and found.spared_ms.tolist() == pytest.approx([0.125, 0.125, 0.25, 0.0, 0.0])
-    assert found.gpu_ms(2, 2, 1024.0, drafts=False) == pytest.approx(1.5)
+    assert found.gpu_ms(2, 2, 1024.0, drafts=False) == pytest.approx(1.75 + 0.375 - 0.25)
+
+
+def test_attention_of_more_requests_takes_no_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that seems faster than a smaller one is noise; between two sizes lines."""
+    samples = {(rows, 0): (1.0, 0.5) for rows in (1, 4, 6, 8, 12)}
+    samples |= {(1, 512): (1.3, 0.5), (4, 512): (1.6, 0.5), (6, 512): (1.5, 0.5)}
+    samples |= {(6, 4096): (1.5, 0.5)}
+    made = CostProfile(None, torch.float32, 12, 6, 9999)
+    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(13))
+    timed: list[Any] = [
+        SimpleNamespace(forward_ms=ms, drafter_ms=draft_ms, num_reqs=min(batch["num_tokens"], 6), full_cudagraph=True)
+        for batch in made.batches([1, 4, 6, 8], OfSteps())  # type: ignore[arg-type]
+        for ms, draft_ms in [samples[batch["num_tokens"], batch["context_len"]]]
+    ]
+    found = made.costs(timed)
+    assert found.attention_ms is not None
+    assert found.attention_ms.tolist() == pytest.approx([0.0, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
+    assert found.context_ms == 0.0
+
+
+def test_fewer_requests_than_the_smallest_graph_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CostProfile(None, torch.float32, 16, 4, 9999)
+    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(17))
+    ms = {(8, 0): 1.0, (16, 0): 2.0, (8, 512): 1.5, (8, 4096): 1.5 + 4 * 3584 * 1e-5}
+    timed: list[Any] = [
+        SimpleNamespace(
+            forward_ms=ms[batch["num_tokens"], batch["context_len"]], drafter_ms=0.5, num_reqs=4, full_cudagraph=True
+        )
+        for batch in made.batches([8, 16], OfSteps())  # type: ignore[arg-type]
+    ]
+    found = made.costs(timed)
+    assert found.attention_ms is not None and found.attention_ms.tolist() == [0.0, 0.125, 0.25, 0.375, 0.5]
+    assert found.context_ms == pytest.approx(1e-5)
 
 
 def test_short_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no request can be long, a slot of context is not priced."""
-    samples = {(rows, 300): (1.0 * rows, 0.5) for rows in (1, 2, 8, 16)}
-    found = profile(samples, monkeypatch, longest_context=300)
-    assert found.context_ms == 0 and found.profiled_context[1] == 300
+    """Where no request can be long, further slots are not priced."""
+    samples = {(rows, 0): (1.0 * rows, 0.5) for rows in (1, 2, 8, 16)}
+    found = profile(samples | {(1, 300): (1.25, 0.5), (2, 300): (2.5, 0.5)}, monkeypatch, longest_context=300)
+    assert found.context_ms == 0 and found.profiled_context == 300
+    assert found.gpu_ms(1, 1, 200.0, drafts=False) == found.gpu_ms(1, 1, 300.0, drafts=False) == 1.5
+
+
+def test_no_context_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile({(rows, 0): (1.0, 0.5) for rows in (1, 2, 8, 16)}, monkeypatch, longest_context=0)
+    assert found.attention_ms is not None and not found.attention_ms.any() and found.context_ms == 0
 
 
 def test_nothing_is_captured_whole(one_rank: None) -> None:

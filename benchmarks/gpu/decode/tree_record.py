@@ -55,6 +55,7 @@ def measured_costs(llm: Any) -> Record:
         "verify_ms": [float(ms) for ms in costs.verify_ms],
         "draft_ms": [float(ms) for ms in costs.draft_ms],
         "context_ms": float(costs.context_ms),
-        "profiled_context": [float(slots) for slots in costs.profiled_context],
+        "attention_ms": [float(ms) for ms in costs.attention_ms],
+        "profiled_context": costs.profiled_context,
         "spared_ms": [float(ms) for ms in costs.spared_ms],
     }

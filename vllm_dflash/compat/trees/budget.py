@@ -97,7 +97,7 @@ class TreeBudget:
         self._profile = CostProfile(target, dtype, *sizes)
         self._compile_sharing()
 
-    def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
+    def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, Any]]:
         """Arguments of the made-up steps that the runner times."""
         self._largest_graph = max(capture_sizes, default=0)
         return self._profile.batches(capture_sizes, self._store)

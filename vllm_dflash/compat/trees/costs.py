@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from vllm_dflash.budget import StepCosts, stepped
 from vllm_dflash.compat.trees.store import TreeStore
 
 _REPLAYS = 4
-#: Slots of context of each made-up request; at a few sizes also so many more, for what a slot costs.
+#: Slots of context of each made-up request, where it has any; of a few batches so many, for what a slot costs.
 _CONTEXT, _LONG_CONTEXT = 512, 4096
 _LOGITS_ROWS = (1, 16, 64, 128, 256, 512, 1024)
 
@@ -32,26 +32,28 @@ class CostProfile:
         self.planned: list[tuple[int, int]] = []  # rows and context
         self.plain: list[int] = []  # rows, of steps without candidates
 
-    def batches(self, capture_sizes: list[int], store: TreeStore) -> Iterator[dict[str, int]]:
+    def batches(self, capture_sizes: list[int], store: TreeStore) -> Iterator[dict[str, Any]]:
         """Arguments of made-up steps: every captured size, and the next one without a graph.
 
-        Then those of graphs for steps without candidates: they have to be run while the iterator stands at them.
+        In these each row is a request of its own, as far as there may be so many. What reading context takes depends on
+        the requests, so that it is timed apart, at sizes of that many. Then come graphs for steps without candidates:
+        they have to be run while the iterator stands at them.
         """
         largest = capture_sizes[-1] if capture_sizes else 0
         beyond = {min(2 * largest, self.max_num_rows)} - {*capture_sizes, 0}
-        sizes = [*capture_sizes, *beyond]
-        long = [size for size in capture_sizes if size >= min(32, largest)][:1] + capture_sizes[-1:]
-        self.planned = [(size, self.context) for size in sizes]
+        of_requests = [size for size in capture_sizes if size <= self.max_num_reqs] or capture_sizes[:1]
+        long = [size for size in of_requests if size >= min(32, of_requests[-1])]
+        self.planned = [(size, 0) for size in [*capture_sizes, *beyond]]
+        if self.context > 0:
+            self.planned += [(size, self.context) for size in of_requests]
         if self.long_context > self.context:
-            self.planned += [(size, self.long_context) for size in long]
+            self.planned += [(size, self.long_context) for size in sorted({*long[:1], *long[-1:]})]
         for rows, context in self.planned:
-            for _ in range(_REPLAYS):
-                yield {"num_tokens": rows, "context_len": context}
-        self.plain = sorted(store.plain_sizes.intersection(capture_sizes))
+            yield from [_made_up(rows, context)] * _REPLAYS
+        self.plain = sorted(store.plain_sizes.intersection(of_requests))
         with store.without_candidates():
             for rows in self.plain:
-                for _ in range(_REPLAYS):
-                    yield {"num_tokens": rows, "context_len": self.context}
+                yield from [_made_up(rows, self.context)] * _REPLAYS
 
     def costs(self, samples: Sequence[Any]) -> StepCosts:
         """Tables of the timed steps, in the order that they were planned."""
@@ -67,8 +69,7 @@ class CostProfile:
         for sample in samples:
             if sample.full_cudagraph:  # else the host's launches are timed
                 drafts[sample.num_reqs].append(sample.drafter_ms)
-        verify = sorted((rows, ms) for (rows, context), ms in forwards.items() if context == self.context)
-        contexts = [(rows, float(min(rows, self.max_num_reqs) * self.context)) for rows, _ in verify]
+        verify = sorted((rows, ms) for (rows, context), ms in forwards.items() if context == 0)
         slopes = [
             (ms - forwards[rows, self.context]) / (min(rows, self.max_num_reqs) * (self.long_context - self.context))
             for (rows, context), ms in forwards.items()
@@ -81,10 +82,23 @@ class CostProfile:
             verify_ms=stepped(verify, self.max_num_rows) + self._logits_ms(),
             draft_ms=stepped(draft or [(1, 0.0)], self.max_num_reqs),
             context_ms=max(0.0, min(slopes, default=0.0)),
-            profiled_context=stepped(contexts, self.max_num_rows),
+            attention_ms=self._attention_ms(forwards),
+            profiled_context=self.context,
             # Of the next larger size; behind the last one there is no such graph.
             spared_ms=np.array([*spared, 0.0])[np.searchsorted(self.plain, np.arange(self.max_num_reqs + 1))],
         )
+
+    def _attention_ms(
+        self,
+        forwards: Mapping[tuple[int, int], float],  # by rows and context
+    ) -> np.ndarray:
+        """[requests + 1]: what reading the made-up context adds. No request is padding here: in between lines."""
+        added = [(0, 0.0)]
+        for (rows, context), ms in sorted(forwards.items()):
+            if context == self.context > 0:
+                added.append((min(rows, self.max_num_reqs), ms - forwards[rows, 0]))
+        counts, values = zip(*added, strict=True)
+        return np.interp(np.arange(self.max_num_reqs + 1), counts, np.maximum.accumulate(values))
 
     def _logits_ms(self) -> np.ndarray:
         """[rows + 1]: the LM head, and the choice of a token."""
@@ -101,6 +115,11 @@ class CostProfile:
         slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
         behind = np.maximum(wanted - sizes[-1], 0) * max(slope, 0.0)
         return np.interp(wanted, sizes, np.maximum.accumulate(values)) + behind
+
+
+def _made_up(rows: int, context: int) -> dict[str, Any]:
+    """A step of other tokens in each row: a GPU multiplies equal rows faster, and a router sends them all one way."""
+    return {"num_tokens": rows, "context_len": context, "randomize_inputs": True}
 
 
 def _gpu_ms(run: Callable[[], None]) -> float:
@@ -123,6 +142,4 @@ def assumed_costs(max_num_rows: int, max_num_reqs: int) -> StepCosts:
     return StepCosts(
         verify_ms=np.maximum(rows, 128.0) / 128.0,
         draft_ms=np.full(max_num_reqs + 1, 0.2),
-        context_ms=0.0,
-        profiled_context=np.zeros(max_num_rows + 1),
     )
