@@ -27,15 +27,14 @@ class StepCosts:
     Pairs are without drafting and with it.
     """
 
-    verify_ms: np.ndarray  # [rows + 1]: the target's forward and logits, of so many rows that read no context
+    verify_ms: np.ndarray  # [rows + 1]: the target's forward and logits, of so many rows that are no candidates
     draft_ms: np.ndarray  # [requests + 1]: drafting for so many requests
     context_ms: float = 0.0  # reading a slot of context, behind the first ones of each request
     attention_ms: np.ndarray | None = None  # [requests + 1]: reading `profiled_context` slots of each of so many
     profiled_context: int = 0
+    trees_ms: np.ndarray | None = None  # [requests + 1]: more where rows of so many requests are candidates
     overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else that a step's start and end are apart
     host_ms: tuple[float, float] = (0.0, 0.0)  # work of the host beside the device's: a step takes no less
-    # [requests + 1]: less than `verify_ms` where each request has one row, so that nothing is verified
-    spared_ms: np.ndarray | None = None
 
     def with_overheads(self, overheads_ms: tuple[float, float], host_ms: tuple[float, float]) -> StepCosts:
         """The same beside other overheads."""
@@ -43,8 +42,8 @@ class StepCosts:
 
     def gpu_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The measured parts of a step of so many rows."""
-        spared_ms = self._spared_ms(num_reqs) if rows == num_reqs else 0.0
-        return max(float(self.verify_ms[rows]) - spared_ms + self._other_ms(num_reqs, context, drafts), 1e-6)
+        trees_ms = self._trees_ms(num_reqs) if rows > num_reqs else 0.0
+        return max(float(self.verify_ms[rows]) + trees_ms + self._other_ms(num_reqs, context, drafts), 1e-6)
 
     def step_ms(self, rows: int, num_reqs: int, context: float, drafts: bool) -> float:
         """The whole step."""
@@ -52,7 +51,8 @@ class StepCosts:
 
     def hidden_rows(self, num_reqs: int, context: float) -> int:
         """Up to how many rows are verified long before the host is ready for the next step; -1: not even none."""
-        gpu_ms = self.verify_ms + self._other_ms(num_reqs, context, drafts=True) + self.overheads_ms[True]
+        other_ms = self._trees_ms(num_reqs) + self._other_ms(num_reqs, context, drafts=True)
+        gpu_ms = self.verify_ms + other_ms + self.overheads_ms[True]
         is_late = gpu_ms >= _HIDDEN * self.host_ms[True]
         return int(is_late.argmax() if is_late.any() else len(is_late)) - 1
 
@@ -65,8 +65,7 @@ class StepCosts:
     ) -> np.ndarray:
         """[last - first + 1]: steps with drafting, of `first` rows and each number more up to `last`."""
         gpu_ms = self.verify_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
-        if first == num_reqs:
-            gpu_ms[0] -= self._spared_ms(num_reqs)
+        gpu_ms[max(0, num_reqs + 1 - first) :] += self._trees_ms(num_reqs)
         return np.maximum(np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True], self.host_ms[True])
 
     def _other_ms(self, num_reqs: int, context: float, drafts: bool) -> float:
@@ -76,22 +75,23 @@ class StepCosts:
         first_ms = 0.0 if self.attention_ms is None else float(self.attention_ms[num_reqs])
         return max(first_ms + self.context_ms * (context - num_reqs * self.profiled_context), 0.0)
 
-    def _spared_ms(self, num_reqs: int) -> float:
-        return 0.0 if self.spared_ms is None else float(self.spared_ms[num_reqs])
+    def _trees_ms(self, num_reqs: int) -> float:
+        return 0.0 if self.trees_ms is None else float(self.trees_ms[num_reqs])
 
     def summary(self) -> str:
         """The table at some sizes, for a person."""
-        rows = [size for size in (1, 16, 64, 128, 256, 512, 1024) if size < len(self.verify_ms)]
-        requests = [size for size in (1, 8, 32, 128, 512) if size < len(self.draft_ms)]
-        verify = ", ".join(f"{size} {self.verify_ms[size]:.2f}" for size in rows)
-        draft = ", ".join(f"{size} {self.draft_ms[size]:.2f}" for size in requests)
-        plain = ", ".join(f"{size} {self.verify_ms[size] - self._spared_ms(size):.2f}" for size in requests)
-        context = ", ".join(f"{size} {self._context_ms(size, size * self.profiled_context):.2f}" for size in requests)
-        return (
-            f"verifying, ms by rows: {verify}; drafting, ms by requests: {draft}; neither, ms by requests: {plain}; "
-            f"reading context, ms by requests of {self.profiled_context} slots: {context}; "
-            f"{1e6 * self.context_ms:.2f} ms for each million slots more"
-        )
+        num_rows, num_reqs = (1, 16, 64, 128, 256, 512, 1024), (1, 8, 32, 128, 512)
+        rows = [size for size in num_rows if size < len(self.verify_ms)]
+        requests = [size for size in num_reqs if size < len(self.draft_ms)]
+        slots = self.profiled_context
+        parts: dict[str, dict[int, float]] = {
+            "a forward, ms by rows": {size: self.verify_ms[size] for size in rows},
+            "more for trees, ms by requests": {size: self._trees_ms(size) for size in requests},
+            "drafting, ms by requests": {size: self.draft_ms[size] for size in requests},
+            f"reading {slots} slots each, ms by requests": {s: self._context_ms(s, s * slots) for s in requests},
+        }
+        listed = [f"{name}: " + ", ".join(f"{s} {ms:.2f}" for s, ms in part.items()) for name, part in parts.items()]
+        return "; ".join([*listed, f"{1e6 * self.context_ms:.2f} ms for each million slots more"])
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,14 @@ def test_gains_are_those_of_a_request() -> None:
 
 
 def test_steps_without_candidates_may_take_less() -> None:
-    """Of two rows, which are of two requests, by 0.25 ms; so do those that draft. Of one request's two rows not."""
-    some = replace(costs([1.0] * 10, draft_ms=0.5), spared_ms=np.array([0.0, 0.125, 0.25]))
+    """Candidates of two requests' take 0.25 ms, of one request's 0.125."""
+    some = replace(costs([0.75] * 10, draft_ms=0.5), trees_ms=np.array([0.0, 0.125, 0.25]))
     assert some.step_ms(2, 2, 0.0, drafts=False) == 0.75
-    assert some.step_ms(2, 1, 0.0, drafts=False) == 1.0
+    assert some.step_ms(2, 1, 0.0, drafts=False) == 0.875
     assert some.steps_ms(2, 4, 2, 0.0).tolist() == [1.25, 1.5, 1.5]
+    assert some.steps_ms(5, 7, 2, 0.0).tolist() == [1.5, 1.5, 1.5]
+    late = some.with_overheads((0.0, 0.0), (1.5, 1.6))
+    assert late.hidden_rows(2, 0.0) == -1 and late.hidden_rows(1, 0.0) == 9  # 1.5 and 1.375 of 1.44
     choice = choose(np.array([0.9, 0.5]), 2, 2, 2, 0.0, some)
     assert (choice.budget, choice.gain) == (2, pytest.approx((3.4 - 2 * 1.5 / 0.75) / 2))
 
@@ -169,6 +172,6 @@ def test_a_summary_names_sizes() -> None:
     text = costs([1.0] * 20, draft_ms=0.25, context_ms=2e-6).summary()
     assert "1 1.00, 16 1.00" in text and "8 0.25" in text and "2.00 ms for each million" in text
     read = replace(costs([1.0] * 20), attention_ms=np.arange(9.0), profiled_context=512).summary()
-    assert "reading context, ms by requests of 512 slots: 1 1.00, 8 8.00;" in read
-    spared = replace(costs([1.0] * 20, draft_ms=0.25), spared_ms=np.full(20, 0.375)).summary()
-    assert "drafting, ms by requests: 1 0.25, 8 0.25; neither, ms by requests: 1 0.62, 8 0.62;" in spared
+    assert "reading 512 slots each, ms by requests: 1 1.00, 8 8.00;" in read
+    trees = replace(costs([1.0] * 20, draft_ms=0.25), trees_ms=np.full(20, 0.375)).summary()
+    assert "more for trees, ms by requests: 1 0.38, 8 0.38; drafting, ms by requests: 1 0.25, 8 0.25;" in trees

@@ -36,8 +36,8 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_ms: float, draft
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import modelled_trees
 
-    costs = {"verify_ms": [1.5] * 9, "draft_ms": [draft_ms] * 2, "context_ms": 0.0}
-    costs |= {"attention_ms": [0.0] * 2, "profiled_context": 512, "spared_ms": [0.5] * 2}
+    costs = {"verify_ms": [1.0] * 9, "draft_ms": [draft_ms] * 2, "context_ms": 0.0}
+    costs |= {"attention_ms": [0.0] * 2, "profiled_context": 512, "trees_ms": [0.5] * 2}
     found = {"temperature": 1.0, "records": [RECORD], "chain_length": 1.5}
     of_run = {"hardware": "a card", "date": "a day", "pair": "a pair", "command": "a command"}
     (tmp_path / "measured.json").write_text(json.dumps(of_run | {"temperatures": [found], "costs": costs}))

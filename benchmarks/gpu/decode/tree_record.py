@@ -57,5 +57,5 @@ def measured_costs(llm: Any) -> Record:
         "context_ms": float(costs.context_ms),
         "attention_ms": [float(ms) for ms in costs.attention_ms],
         "profiled_context": costs.profiled_context,
-        "spared_ms": [float(ms) for ms in costs.spared_ms],
+        "trees_ms": [float(ms) for ms in costs.trees_ms],
     }

@@ -69,35 +69,47 @@ class CostProfile:
         for sample in samples:
             if sample.full_cudagraph:  # else the host's launches are timed
                 drafts[sample.num_reqs].append(sample.drafter_ms)
-        verify = sorted((rows, ms) for (rows, context), ms in forwards.items() if context == 0)
+        trees_ms = self._trees_ms(forwards, medians[len(self.planned) :])
+        verify = sorted(
+            (rows, ms - trees_ms[min(rows, self.max_num_reqs)])
+            for (rows, context), ms in forwards.items()
+            if context == 0
+        )
         slopes = [
             (ms - forwards[rows, self.context]) / (min(rows, self.max_num_reqs) * (self.long_context - self.context))
             for (rows, context), ms in forwards.items()
             if context > self.context
         ]
         draft = sorted((num_reqs, float(np.median(ms))) for num_reqs, ms in drafts.items())
-        plain = zip(self.plain, medians[len(self.planned) :], strict=True)
-        spared = [max(0.0, forwards[rows, self.context] - ms) for rows, ms in plain]
         return StepCosts(
             verify_ms=stepped(verify, self.max_num_rows) + self._logits_ms(),
             draft_ms=stepped(draft or [(1, 0.0)], self.max_num_reqs),
             context_ms=max(0.0, min(slopes, default=0.0)),
             attention_ms=self._attention_ms(forwards),
             profiled_context=self.context,
-            # Of the next larger size; behind the last one there is no such graph.
-            spared_ms=np.array([*spared, 0.0])[np.searchsorted(self.plain, np.arange(self.max_num_reqs + 1))],
+            trees_ms=trees_ms,
         )
 
     def _attention_ms(
         self,
         forwards: Mapping[tuple[int, int], float],  # by rows and context
     ) -> np.ndarray:
-        """[requests + 1]: what reading the made-up context adds. No request is padding here: in between lines."""
-        added = [(0, 0.0)]
-        for (rows, context), ms in sorted(forwards.items()):
-            if context == self.context > 0:
-                added.append((min(rows, self.max_num_reqs), ms - forwards[rows, 0]))
-        counts, values = zip(*added, strict=True)
+        """[requests + 1]: what reading the made-up context adds."""
+        of_sizes = ((rows, ms) for (rows, context), ms in sorted(forwards.items()) if context == self.context > 0)
+        return self._by_requests([(min(rows, self.max_num_reqs), ms - forwards[rows, 0]) for rows, ms in of_sizes])
+
+    def _trees_ms(
+        self,
+        forwards: Mapping[tuple[int, int], float],  # by rows and context
+        plain_ms: Sequence[float],  # of the plain sizes
+    ) -> np.ndarray:
+        """[requests + 1]: what the trees' part of attention adds."""
+        of_sizes = zip(self.plain, plain_ms, strict=True)
+        return self._by_requests([(rows, forwards[rows, self.context] - ms) for rows, ms in of_sizes])
+
+    def _by_requests(self, added: Sequence[tuple[int, float]]) -> np.ndarray:
+        """[requests + 1]: ms by requests, in between lines, as none of them is padding."""
+        counts, values = zip((0, 0.0), *added, strict=True)
         return np.interp(np.arange(self.max_num_reqs + 1), counts, np.maximum.accumulate(values))
 
     def _logits_ms(self) -> np.ndarray:
