@@ -85,9 +85,9 @@ class StepCosts:
         requests = [size for size in num_reqs if size < len(self.draft_ms)]
         slots = self.profiled_context
         parts: dict[str, dict[int, float]] = {
-            "a forward, ms by rows": {size: self.verify_ms[size] for size in rows},
+            "a forward, ms by rows": {size: float(self.verify_ms[size]) for size in rows},
             "more for trees, ms by requests": {size: self._trees_ms(size) for size in requests},
-            "drafting, ms by requests": {size: self.draft_ms[size] for size in requests},
+            "drafting, ms by requests": {size: float(self.draft_ms[size]) for size in requests},
             f"reading {slots} slots each, ms by requests": {s: self._context_ms(s, s * slots) for s in requests},
         }
         listed = [f"{name}: " + ", ".join(f"{s} {ms:.2f}" for s, ms in part.items()) for name, part in parts.items()]

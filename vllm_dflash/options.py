@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ class DFlashOptions:
         if unknown:
             raise ValueError(f"{_FLAG} has unknown key(s) {unknown}; known keys: {sorted(known)}")
         return cls(**options)
+
+
+def misplaced_options(additional_config: object, is_ours: bool) -> Iterator[str]:
+    """What of an engine's additional config looks meant for this plugin, and has no effect. Other keys are others'."""
+    if not isinstance(additional_config, Mapping):
+        return
+    if not is_ours:
+        if "dflash" in additional_config:
+            yield f"{_FLAG} has no effect: --speculative-config names no drafter that this plugin drafts with"
+        return
+    known = {field.name for field in fields(DFlashOptions)}
+    for key in additional_config:
+        is_similar = get_close_matches(str(key).lower(), ["dflash"], cutoff=0.8)
+        if key != "dflash" and (is_similar or key in known):
+            meant = '"dflash"' if is_similar else f'in "dflash": {{{key!r}: ...}}'
+            yield f"--additional-config has {key!r}, which has no effect there: is it meant to be {meant}?"
 
 
 def _is_count(value: object, most: float = math.inf) -> bool:

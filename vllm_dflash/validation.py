@@ -64,17 +64,25 @@ def resolve_num_tree_nodes(options: DFlashOptions, requested: int | None) -> int
     return num_nodes
 
 
-def check_limits(num_speculative_tokens: int, max_model_len: int, drafter_max_model_len: int | None) -> None:
-    """Whether a block fits the lengths asked for. Raises ValueError naming the flag."""
+def check_limits(
+    num_speculative_tokens: int,
+    max_model_len: int,
+    drafter_max_model_len: int | None,
+    has_fixed_tree: bool = False,
+) -> None:
+    """Whether a block, or a tree, fits the lengths asked for. Raises ValueError naming the flag."""
     if drafter_max_model_len is not None:
         raise ValueError(
             f'--speculative-config\'s "max_model_len" = {drafter_max_model_len} is not supported: drafting follows '
             "--max-model-len request by request"
         )
     if max_model_len <= num_speculative_tokens:
+        kind, flag = "block", '--speculative-config\'s "num_speculative_tokens"'
+        if has_fixed_tree:
+            kind, flag = "tree", '--additional-config\'s "dflash": "tree"'
         raise ValueError(
-            f"--max-model-len {max_model_len} leaves no room for a block of 1 + {num_speculative_tokens} rows: lower "
-            '--speculative-config\'s "num_speculative_tokens"'
+            f"--max-model-len {max_model_len} leaves no room for a {kind} of 1 + {num_speculative_tokens} rows: "
+            f"lower {flag}"
         )
 
 

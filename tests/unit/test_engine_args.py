@@ -183,11 +183,47 @@ def test_a_tree_and_another_number_of_tokens(target: str, drafter: str) -> None:
         treed(target, drafter, 31, num_speculative_tokens=15)
 
 
-def test_a_tree_needs_the_v2_runner(target: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("has_triton", "advice"), [(True, "set VLLM_USE_V2_MODEL_RUNNER=1"), (False, "run on GPUs")])
+def test_a_tree_needs_the_v2_runner(
+    target: str, drafter: str, has_triton: bool, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.setattr(engine_args_module, "HAS_TRITON", has_triton)
     message = complaint(target, drafter, additional_config={"dflash": {"tree": 31}})
     assert '"tree" needs' in message
-    assert "VLLM_USE_V2_MODEL_RUNNER=1" in message
+    assert advice in message
+
+
+@pytest.mark.parametrize(
+    ("additional_config", "warned"),
+    [
+        ({"dflash": {}, "others": 1}, None),
+        ({"dlfash": {"tree": "auto"}}, "has 'dlfash', which has no effect there: is it meant to be \"dflash\"?"),
+        ({"DFlash": {"tree": "auto"}}, "has 'DFlash', which has no effect"),
+        ({"dflash": {}, "tree": "auto"}, "is it meant to be in \"dflash\": {'tree': ...}?"),
+    ],
+)
+def test_options_that_are_misplaced(
+    target: str,
+    drafter: str,
+    additional_config: dict[str, Any],
+    warned: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    speculative(target, drafter, additional_config=additional_config)
+    assert "has no effect" not in caplog.text if warned is None else warned in caplog.text
+
+
+def test_options_of_an_engine_that_drafts_nothing(
+    target: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    engine_args(target, additional_config={"other": 1}).create_engine_config()
+    assert "has no effect" not in caplog.text
+    engine_args(target, additional_config={"dflash": {"tree": 31}}).create_engine_config()
+    assert '"dflash" has no effect: --speculative-config names no drafter' in caplog.text
 
 
 # Parallelism.
@@ -400,6 +436,22 @@ def test_a_block_longer_than_any_request_is_refused(target: str, drafter: str) -
         speculative_config={"method": "dflash", "model": drafter},
     )
     with pytest.raises(ValueError, match="--max-model-len 12 leaves no room for a block of 1 \\+ 15 rows"):
+        args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("tree", "advice"),
+    [(127, 'a tree of 1 \\+ 127 rows: lower .* "tree"'), ("auto", '1 \\+ 63 rows: lower .* "num_speculative_tokens"')],
+)
+def test_a_tree_longer_than_any_request_is_refused(target: str, drafter: str, tree: int | str, advice: str) -> None:
+    args = EngineArgs(
+        model=target,
+        skip_tokenizer_init=True,
+        max_model_len=60,
+        speculative_config={"method": "dflash", "model": drafter},
+        additional_config={"dflash": {"tree": tree}},
+    )
+    with pytest.raises(ValueError, match=f"--max-model-len 60 leaves no room for .*{advice}"):
         args.create_engine_config()
 
 

@@ -296,7 +296,7 @@ def test_the_drafter_of_another_target(changes: dict[str, int], message: str) ->
         drafter().spec_generate(torch.tensor([[1, 2]]), target(**changes), 4)
 
 
-@pytest.mark.parametrize("budget", [0, -1, 2.5, True, "all"])
+@pytest.mark.parametrize("budget", [0, -1, 1025, 2.5, True, "all"])
 def test_tree_budgets_that_are_none(budget: Any) -> None:
     with pytest.raises(ValueError, match=f"tree_budget must be .*found {budget!r}"):
         generate(target(), 4, tree_budget=budget)

@@ -21,6 +21,7 @@ from vllm_dflash.compat.trees.budget import PROBE_STEPS, TreeBudget
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
 from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
 from vllm_dflash.compat.trees.overhead import Overhead
+from vllm_dflash.logs import logger
 
 CPU = torch.device("cpu")
 NODES = 4
@@ -78,6 +79,20 @@ def test_trees_are_known_two_steps_later(one_rank: None) -> None:
     # Now the first trees are known: 2 tokens in 1 ms, 2 + 0.9 + 0.8 in 1.4, all in 3. As if all were likely: 10 in 3.
     budget._costs_in_force = made_budget([1.0] * 3 + [1.4] * 2 + [3.0] * 9, draft_ms=0.0).costs
     assert step(budget, {"a": 4, "b": 4}) == 2
+
+
+def test_the_log_tells_nothing_of_trees_that_nobody_knows(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger.name)
+    budget = made_budget([1.0] * 3 + [1.4] * 2 + [3.0] * 9, draft_ms=0.0)
+    step(budget, {"a": 0, "b": 0})
+    step(budget, {"a": 4, "b": 4})
+    assert "batch of" not in caplog.text
+    step(budget, {"a": 4, "b": 4})
+    # 2 + 0.9 + 0.8 tokens of two requests
+    assert "batch of 2: best are 2 nodes, from which 1.85 tokens a request are expected in 1.40 ms" in caplog.text
 
 
 #: Where drafting takes half a step more, of so many steps one drafts though it does not pay: 0.25 % of the time.

@@ -107,5 +107,5 @@ def announce(dflash: DFlashConfig, runner: str, num_speculative_tokens: int, tre
         logger.info(
             "vllm_dflash: drafting with DFlashProposer (%s runner), %d tokens a block of %d%s, drafter %s",
             runner, num_speculative_tokens, dflash.block_size,
-            f", trees of {tree.num_nodes} nodes" if tree else "", dflash.source,
+            f", trees of {'up to ' if tree.is_auto else ''}{tree.num_nodes} nodes" if tree else "", dflash.source,
         )  # fmt: skip

@@ -11,6 +11,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vllm.triton_utils import HAS_TRITON
+
 from vllm_dflash.compat import patching
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.ownership import TreeShape, claim, draft_tree, drafts_here, plan_drafting_slots
@@ -19,7 +21,7 @@ from vllm_dflash.compat.workers.extension import arrange_check
 from vllm_dflash.config import DFlashConfig, is_dflash_checkpoint, read_config_dict
 from vllm_dflash.draft_vocabulary import Encode, choose_draft_vocabulary
 from vllm_dflash.logs import logger
-from vllm_dflash.options import AUTO, DFlashOptions
+from vllm_dflash.options import AUTO, DFlashOptions, misplaced_options
 from vllm_dflash.validation import (
     TargetFacts,
     check_checkpoint,
@@ -60,7 +62,8 @@ def create_speculative_config(
     requested = user.get("num_speculative_tokens")
     num_nodes = _num_tree_nodes(options, target_model_config, requested)
     num_speculative_tokens = num_nodes or _resolve_num_speculative_tokens(config, raw, requested)
-    check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"))
+    has_fixed_tree = num_nodes is not None and options.tree != AUTO
+    check_limits(num_speculative_tokens, target_model_config.max_model_len, user.get("max_model_len"), has_fixed_tree)
     check_pair(config, _facts(target_model_config))
     num_ranks = target_parallel_config.tensor_parallel_size
     if user.get("draft_tensor_parallel_size") in (None, num_ranks):
@@ -81,6 +84,8 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
     from vllm.engine.arg_utils import EngineArgs
 
     vllm_config: VllmConfig = patching.original(EngineArgs, "create_engine_config")(self, *args, **kwargs)
+    for problem in misplaced_options(self.additional_config, is_ours=drafts_here(vllm_config)):
+        logger.warning("vllm_dflash: %s", problem)
     if not drafts_here(vllm_config):
         return vllm_config
     refuse_unsupported(vllm_config)
@@ -94,9 +99,10 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
 def _prepare_for_trees(vllm_config: VllmConfig, shape: TreeShape) -> None:
     """Check that trees can be drafted, and plan for them. Raises ValueError naming the option."""
     if not vllm_config.use_v2_model_runner:
+        advice = "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment" if HAS_TRITON else "draft trees run on GPUs"
         raise ValueError(
-            '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 model runner, but this engine has the V1 runner: '
-            "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment, or leave it out"
+            '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 model runner, and that Triton, but this engine '
+            f'has the V1 runner: {advice}, or leave "tree" out'
         )
     scheduler = vllm_config.scheduler_config
     # The adapter has memory of its own for blocks. What a forward over them takes is profiled for a full step's rows.

@@ -16,6 +16,8 @@ from vllm_dflash.hf.drafting import DraftRule
 from vllm_dflash.hf.sequences import Limits
 
 AUTO = "auto"
+#: Each node sees each other one, or not: wider trees take seconds a round to lay out.
+_MOST_NODES = 1024
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 
 
@@ -36,7 +38,8 @@ class Options:
         """Raise ValueError naming the argument and the values seen."""
         if not _is_budget(self.tree_budget):
             raise ValueError(
-                f"tree_budget must be None, 'auto' or a number of nodes of at least 1, found {self.tree_budget!r}"
+                f"tree_budget must be None, 'auto' or a number of nodes from 1 to {_MOST_NODES}, "
+                f"found {self.tree_budget!r}"
             )
         if self.draft_sample_method not in (None, *DRAFT_SAMPLE_METHODS):
             raise ValueError(
@@ -78,7 +81,7 @@ class Options:
 
 def _is_budget(budget: object) -> bool:
     if isinstance(budget, int) and not isinstance(budget, bool):
-        return budget >= 1
+        return 1 <= budget <= _MOST_NODES
     return budget is None or budget == AUTO
 
 

@@ -163,7 +163,8 @@ class TreeBudget:
             steps = min(probe_steps - 1 - self._num_without, _SETTLED_STEPS - 1)
             self._settled = _Settled(num_reqs, num_rows=0, context=context, steps_left=steps, drafts=False)
         if num_others == num_reqs:
-            self._log.note(num_reqs, self._chosen, later, self.drafts)
+            if self._likelihoods.num_reads:  # before, all nodes are taken to be certain
+                self._log.note(num_reqs, self._chosen, later, self.drafts)
             if self._chosen:
                 step_ms = costs.step_ms(num_reqs + self._chosen, num_reqs, context, drafts=True)
                 self.break_even = step_ms / later.plain_ms
@@ -330,7 +331,8 @@ class _Log:
             return
         self._last = now
         logger.info(
-            "vllm_dflash: %d requests verify %d nodes; with %d, %.2f tokens a request are expected in %.2f ms%s",
-            num_reqs, budget, choice.budget, choice.expected / num_reqs, choice.step_ms,
-            "" if drafts else "; more without drafting, so nothing is drafted",
+            "vllm_dflash: batch of %d: best are %d nodes, from which %.2f tokens a request are expected in %.2f ms%s; "
+            "this step has %d",
+            num_reqs, choice.budget, choice.expected / num_reqs, choice.step_ms,
+            "" if drafts else ", worse than without drafts, so that nothing is drafted", budget,
         )  # fmt: skip
