@@ -54,7 +54,7 @@ from gpu.decode.turns import orders
 from gpu.decode.workload import Workload
 from gpu.engine_process import Engine, EngineError, environment, started_engines
 from gpu.machine import on_cuda, run_facts
-from gpu.names import ENGINES, NONE, OURS, OWN, Record, is_ours, parse_engines
+from gpu.names import ENGINES, NONE, OURS, OWN, TREE, Record, base, is_ours, measures_itself, parse_engines
 from gpu.output import say
 
 from vllm_dflash.files import write_whole
@@ -157,6 +157,7 @@ class Benchmark:
         self.points: list[Record] = []
         self.profiles: list[Record] = []
         self.draft_graphs: list[Record] = []
+        self.costs: dict[str, Record] = {}
         self.card = CardMonitor()
 
     def run(self) -> None:
@@ -167,6 +168,7 @@ class Benchmark:
         engines_up = started_engines(jobs, __file__, environments, self.folder, timeout)
         with self.card, engines_up as (engines, self.facts):
             self._check_drafters()
+            self._ask_costs(engines)
             self._time_draft_graphs(engines)
             self._measure_points(engines)
             self._profile(engines)
@@ -176,6 +178,11 @@ class Benchmark:
             ours = str(facts["drafter"]).startswith("vllm_dflash.")
             if is_ours(name) != ours:
                 raise EngineError(f"engine {name!r} drafts with {facts['drafter']}: not what is to be measured")
+
+    def _ask_costs(self, engines: dict[str, Engine]) -> None:
+        """What engines whose trees follow the load have measured of their steps."""
+        for name in (name for name in engines if base(name) == TREE and measures_itself(name)):
+            self.costs[name] = engines[name].ask({"costs": True}, self.args.run_timeout)
 
     def _measure_points(self, engines: dict[str, Engine]) -> None:
         """Point by point; none is started that would probably not end within --time-limit."""
@@ -265,6 +272,7 @@ class Benchmark:
             "engines": self.facts,
             "points": self.points,
             "draft_graphs": self.draft_graphs,
+            "costs": self.costs,
             "profiles": self.profiles,
             "seconds": round(time.monotonic() - self.started, 1),
         }

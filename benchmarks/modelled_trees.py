@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of draft trees on a large target, MODELLED from what a small trained pair drafts and accepts.
 
-    python benchmarks/decode_gpu.py --requests 1,8,32,64,128,256 --contexts 512 --engines none,own,tree:auto \
+    python benchmarks/decode_gpu.py --requests 1,8,32,64,128 --contexts 512 --engines none,own,tree:auto \
         --save shape.json
     python benchmarks/modelled_trees.py --pair DIR --shape shape.json --temperature 0,1
 
@@ -10,16 +10,18 @@ No large trained pair can be had where there is no network, so three measurement
 1. The trained pair in DIR, with trees of 63 nodes: every tree's likelihoods and which of its nodes the target accepted,
    on held-out prompts. Of a tree's first n nodes the same way is accepted as far as it goes, so this tells what any
    smaller tree would have given. Chains are measured by an engine of their own.
-2. The large shape with random weights: what steps of so many rows take, as its engine measures it at start-up.
-3. Steps on that shape, from decode_gpu.py's --save: of no speculation, of vLLM's own dflash, and of an engine whose
-   trees follow the load, which with random weights drafts nothing. So where drafting does not pay, its steps are
-   measured, the drafter's context and all. What a step without speculation takes beyond (2) is taken for the overhead
-   of every other step. All should be of one card.
+2. The large shape with random weights: what steps of so many rows take, as the engine whose trees follow the load
+   measures it at start-up.
+3. Steps on that shape: of no speculation, of vLLM's own dflash if it is there, and of that engine, which with random
+   weights drafts nothing. So where drafting does not pay, its steps are measured, the drafter's context and all. What a
+   step without speculation takes beyond (2) is taken for the overhead of every other step.
+
+(2) and (3) are in what decode_gpu.py saves: of several such files, say of different cards, each has its own rows.
 
 A batch of R requests is R recorded trees drawn at random. What it yields is counted, not expected: accepted nodes among
 those that the threshold lets through.
 
---save keeps (1) and (2), and --measured reads them again, which needs no GPU.
+--save keeps (1), and --measured reads it again, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ DRAWS, DRAWN_TREES = 200, 40_000  # batches for each number of requests, and tre
 
 def main() -> None:
     args = parse_arguments()
-    shape = json.loads(args.shape.read_text())
+    shapes = [json.loads(file.read_text()) for file in args.shape]
     measured = json.loads(args.measured.read_text()) if args.measured else measure(args)
     if args.save is not None:
         write_whole(args.save, json.dumps(measured) + "\n")
-    text = report(shape["points"], measured)
+    text = report(shapes, measured)
     print(text)
     if args.output is not None:
         write_whole(args.output, text)
@@ -66,7 +68,13 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pair", type=Path, help="folder with target/, drafter/ and heldout.jsonl")
     source.add_argument("--measured", type=Path, metavar="JSON", help="what --save kept: measure nothing")
-    parser.add_argument("--shape", type=Path, required=True, help="decode_gpu.py's --save: none, own, tree:auto")
+    parser.add_argument(
+        "--shape",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="decode_gpu.py's --save: none, tree:auto, and own if it fits",
+    )
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=192)
     parser.add_argument("--temperature", type=decode_gpu.parse_temperatures, default=(0.0,), metavar="0,1")
@@ -77,27 +85,27 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> Record:
-    """Of the pair and of the large shape, as JSON has it."""
-    return run_facts() | {"pair": str(args.pair), "temperatures": measure_pair(args), "costs": measure_shape(args)}
+    """Of the pair, as JSON has it."""
+    return run_facts() | {"pair": str(args.pair), "temperatures": measure_pair(args)}
 
 
-def report(points: Sequence[Record], measured: Record) -> str:
+def report(shapes: Sequence[Record], measured: Record) -> str:
     """All tables."""
-    costs = costs_of(measured["costs"])
-    parts = [heading(measured)]
+    points = [(point, costs_of(shape)) for shape in shapes for point in shape["points"]]
+    points.sort(key=lambda of_point: int(of_point[0]["requests"]))
+    parts = [heading(measured, shapes)]
     for found in measured["temperatures"]:
         records, chain_length = found["records"], found["chain_length"]
-        rows = [modelled(point, records, chain_length, costs) for point in points]
+        rows = [modelled(point, records, chain_length, costs) for point, costs in points]
         parts.append(section(found["temperature"], rows, records, chain_length))
     return "\n".join(parts)
 
 
-def workload_of(args: argparse.Namespace, pair: Path | None, engines: Sequence[str], requests: int) -> Workload:
+def workload_of(args: argparse.Namespace) -> Workload:
     """As decode_gpu.py would have it."""
-    given = ["--engines", ",".join(engines), "--requests", str(requests), "--contexts", "512", "--dtype", "bfloat16"]
-    given += ["--output-tokens", str(args.output_tokens)]
-    if pair is not None:
-        given += ["--pair", str(pair), "--real", "--engine-args", '{"gpu_memory_utilization": 0.05}']
+    given = ["--engines", f"{RECORDED},{CHAIN}", "--requests", str(args.prompts), "--contexts", "512"]
+    given += ["--dtype", "bfloat16", "--output-tokens", str(args.output_tokens), "--pair", str(args.pair), "--real"]
+    given += ["--engine-args", '{"gpu_memory_utilization": 0.05}']
     return Workload(decode_gpu.parse_arguments(given), Path(tempfile.mkdtemp(prefix="modelled-trees-")))
 
 
@@ -114,7 +122,7 @@ def ask_engines(
 
 def measure_pair(args: argparse.Namespace) -> list[Record]:
     """At each temperature recorded trees, and the acceptance length of chains of the same prompts."""
-    workload = workload_of(args, args.pair, (RECORDED, CHAIN), args.prompts)
+    workload = workload_of(args)
     prompts = workload.prompts(256, args.prompts, seed=0)
     batches = [workload.request(prompts, temperature) | {"counters": True} for temperature in args.temperature]
     answers = ask_engines(args, workload, [{RECORDED: batch | {"record": True}, CHAIN: batch} for batch in batches])
@@ -141,28 +149,25 @@ def length_of(chain: Record) -> float:
     return 1 + float(chain["accepted"]) / chain["drafts"]
 
 
-def measure_shape(args: argparse.Namespace) -> Record:
-    """What steps of the large shape take: the columns of a StepCosts."""
-    workload = workload_of(args, None, (LARGE,), 256)
-    return ask_engines(args, workload, [{LARGE: {"costs": True}}])[0][LARGE]
-
-
-def costs_of(found: Record) -> StepCosts:
+def costs_of(shape: Record) -> StepCosts:
+    """What steps of the large shape take. Raises SystemExit where nobody has measured it."""
+    found = shape.get("costs", {}).get(LARGE)
+    if found is None:
+        raise SystemExit(f"--shape: no {LARGE} in {shape['command']!r}, which measures what steps cost")
     return StepCosts(**{name: np.array(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 def modelled(point: Record, records: list[Record], chain_length: float, costs: StepCosts) -> Record:
     """Tokens a second of each setting at one number of requests."""
     num_reqs, context = point["requests"], float(point["requests"] * point["context"])
-    step_ms = {n: float(np.median([turn[n]["ms_step"] for turn in point["rounds"]])) for n in (NONE, OWN, LARGE)}
+    engines = [name for name in (NONE, OWN, LARGE) if all(name in turn for turn in point["rounds"])]
+    step_ms = {n: float(np.median([turn[n]["ms_step"] for turn in point["rounds"]])) for n in engines}
     parts_ms = costs.gpu_ms(num_reqs, num_reqs, context, drafts=False)
     without, overhead = (max(0.0, step_ms[name] - parts_ms) for name in (LARGE, NONE))
     costs = costs.with_overheads((without, overhead), (0.0, 0.0))
-    result = {
-        "requests": num_reqs,
-        "no speculation": 1000 * num_reqs / step_ms[NONE],
-        "vLLM's own": 1000 * num_reqs * chain_length / step_ms[OWN],
-    }
+    result = {"requests": num_reqs, "no speculation": 1000 * num_reqs / step_ms[NONE]}
+    if OWN in step_ms:
+        result["vLLM's own"] = 1000 * num_reqs * chain_length / step_ms[OWN]
     for num_nodes in (7, 15, 31, 63):
         length = 1 + np.mean([sum(node < num_nodes for node in record["accepted"]) for record in records])
         if num_reqs * (1 + num_nodes) < len(costs.verify_ms):
@@ -192,14 +197,15 @@ def follow_the_load(num_reqs: int, context: float, records: list[Record], costs:
     return {"auto": tokens / seconds, "auto's nodes a request": nodes / num_draws / num_reqs}
 
 
-def heading(measured: Record) -> str:
+def heading(measured: Record, shapes: Sequence[Record]) -> str:
+    commands = "\n".join(f"    {found['command']}" for found in (*shapes, measured))
     return f"""# MODELLED tokens/s of draft trees at the scale of Qwen3-8B, {measured["hardware"]}
 
 {measured["date"]}. Trees and acceptance of the pair in `{measured["pair"]}`.
 Steps of no speculation, of vLLM's own, and of "auto" where it drafts nothing are measured; all else is put together, as
 the script's text tells.
 
-    {measured["command"]}
+{commands}
 """
 
 
@@ -209,11 +215,12 @@ def section(temperature: float, rows: list[Record], records: list[Record], chain
     of_trees = ", ".join(f"{length:.2f} of {n} nodes" for n, length in lengths.items())
     trees = f"{len(records)} recorded trees: acceptance length {chain_length:.2f} of chains, {of_trees}."
     lines = [f"## Temperature {temperature:g}", "", trees, ""]
-    names = list(rows[0])
+    names = list(max(rows, key=len))
     lines += ["| " + " | ".join([*names, "auto / vLLM's own", "auto / none"]) + " |", "|" + "--:|" * (len(names) + 2)]
     for row in rows:
         cells = [f"{row[name]:.{1 if 'nodes' in name else 0}f}" if name in row else "-" for name in names]
-        ratios = [f"{row['auto'] / row[name]:.2f}" for name in ("vLLM's own", "no speculation")]
+        peers = ("vLLM's own", "no speculation")
+        ratios = [f"{row['auto'] / row[name]:.2f}" if name in row else "-" for name in peers]
         lines.append("| " + " | ".join(cells + ratios) + " |")
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,25 +32,38 @@ def test_drafts_where_they_pay(monkeypatch: pytest.MonkeyPatch, draft_ms: float,
     assert found == {"auto": pytest.approx(tokens_s), "auto's nodes a request": nodes}
 
 
-def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_ms: float, draft_ms: float) -> list[str]:
-    """Cells of the one row for one request, from files."""
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *shapes: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table's rows, from files."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import modelled_trees
 
-    costs = {"verify_ms": [1.0] * 9, "draft_ms": [draft_ms] * 2, "context_ms": 0.0}
-    costs |= {"attention_ms": [0.0] * 2, "profiled_context": 512, "trees_ms": [0.5] * 2}
     found = {"temperature": 1.0, "records": [RECORD], "chain_length": 1.5}
     of_run = {"hardware": "a card", "date": "a day", "pair": "a pair", "command": "a command"}
-    (tmp_path / "measured.json").write_text(json.dumps(of_run | {"temperatures": [found], "costs": costs}))
-    turns = [{"none": {"ms_step": 1.25}, "own": {"ms_step": 3.0}, "tree:auto": {"ms_step": auto_ms}}]
-    (tmp_path / "shape.json").write_text(json.dumps({"points": [{"requests": 1, "context": 0, "rounds": turns}]}))
-    files = {"--measured": "measured.json", "--shape": "shape.json", "--output": "table.md", "--save": "again.json"}
+    (tmp_path / "measured.json").write_text(json.dumps(of_run | {"temperatures": [found]}))
+    names = [str(tmp_path / f"shape{number}.json") for number, _ in enumerate(shapes)]
+    for name, shape in zip(names, shapes, strict=True):
+        Path(name).write_text(json.dumps(shape))
+    files = {"--measured": "measured.json", "--output": "table.md", "--save": "again.json"}
     given = [part for name, file in files.items() for part in (name, str(tmp_path / file))]
-    monkeypatch.setattr("sys.argv", ["modelled_trees.py", *given])
+    monkeypatch.setattr("sys.argv", ["modelled_trees.py", *given, "--shape", *names])
     modelled_trees.main()
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads((tmp_path / "measured.json").read_text())
-    last = (tmp_path / "table.md").read_text().splitlines()[-1]
-    return [cell.strip() for cell in last.strip("|").split("|")]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def shape(auto_ms: float, draft_ms: float, requests: int = 1, **peers_ms: float) -> dict[str, Any]:
+    """What is saved of an engine of 1 ms for any rows, half a millisecond more for candidates."""
+    costs = {"verify_ms": [1.0] * 9, "draft_ms": [draft_ms] * (requests + 1), "context_ms": 0.0}
+    costs |= {"attention_ms": [0.0] * (requests + 1), "profiled_context": 512, "trees_ms": [0.5] * (requests + 1)}
+    turn = {name: {"ms_step": ms} for name, ms in ({"tree:auto": auto_ms} | peers_ms).items()}
+    points = [{"requests": requests, "context": 0, "rounds": [turn]}]
+    return {"command": f"for {requests}", "points": points, "costs": {"tree:auto": costs}}
+
+
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_ms: float, draft_ms: float) -> list[str]:
+    """Cells of the one row for one request."""
+    return run(monkeypatch, tmp_path, shape(auto_ms, draft_ms, none=1.25, own=3.0))[-1]
 
 
 @pytest.mark.parametrize("auto_ms", [1.25, 1.3])
@@ -64,3 +78,16 @@ def test_the_overhead_is_every_step_s(monkeypatch: pytest.MonkeyPatch, tmp_path:
     1.5 ms for its rows and 0.5 for drafting."""
     cells = table(monkeypatch, tmp_path, auto_ms=1.3, draft_ms=0.5)
     assert cells[-4:-2] == [f"{2 / 2.25 * 1000:.0f}", "2.0"]
+
+
+def test_files_of_several_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows in the order of requests, each by its own costs; vLLM's own did not fit beside two."""
+    two = shape(2.0, 9.0, requests=2, none=2.0)
+    head, *rows = run(monkeypatch, tmp_path, two, shape(1.25, 9.0, none=1.25, own=3.0))
+    assert [row[:3] for row in rows] == [["1", "800", "500"], ["2", "1000", "-"]]
+    assert head[2] == "vLLM's own" and rows[1][-2:] == ["-", "1.00"]
+
+
+def test_costs_that_nobody_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no tree:auto in 'for 1'"):
+        run(monkeypatch, tmp_path, shape(1.25, 0.5, none=1.25) | {"costs": {}})
