@@ -75,12 +75,11 @@ def sampling_params(run: dict[str, Any], number: int) -> list[Any]:
     more = run.get("sampling", [{}] * number)
     return [
         SamplingParams(
-            temperature=run.get("temperature", 0.0),
             max_tokens=lengths[index],
             ignore_eos=True,
             detokenize=False,
             **({"seed": run["seed"] + index} if "seed" in run else {}),
-            **more_sampling(more[index]),
+            **{"temperature": run.get("temperature", 0.0)} | more_sampling(more[index]),
         )
         for index in range(number)
     ]

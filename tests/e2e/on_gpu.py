@@ -21,10 +21,18 @@ BASE = {
 
 
 def generate(
-    folder: Path, alternates: tuple[int, int] | None = None, num_prompts: int = NUM_PROMPTS, **changes: Any
+    folder: Path,
+    alternates: tuple[int, int] | None = None,
+    num_prompts: int = NUM_PROMPTS,
+    sampling: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Run:
-    """`changes` of BASE, which is without speculation. `alternates`: so many steps draft trees, then so many do not."""
+    """`changes` of BASE, which is without speculation. `alternates`: so many steps draft trees, then so many do not.
+
+    `sampling`: other parameters than those of temperature 0.
+    """
     run = {"name": "run", "prompts": held_out_prompts(num_prompts), "max_tokens": MAX_TOKENS}
+    run["sampling"] = [sampling or {}] * num_prompts
     return run_engine(
         folder, BASE | changes, [run], runner="V2 on a GPU", alternates=alternates, RAY_USAGE_STATS_ENABLED="0"
     )["run"]

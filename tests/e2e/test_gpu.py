@@ -93,6 +93,13 @@ def test_trees_in_graphs_are_trees_outside(treed, tmp_path):
     assert eager.acceptance_length == pytest.approx(treed.acceptance_length, rel=0.02)
 
 
+def test_trees_where_the_target_samples_of_its_first_choice(in_graphs, plain, tmp_path):
+    """Top-k needs no history: such requests keep their trees, and of one token there is nothing to choose."""
+    got = with_trees(folder=tmp_path, sampling={"temperature": 1.0, "top_k": 1})
+    assert_same_but_near_ties(got.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
+    assert got.acceptance_length > in_graphs.acceptance_length
+
+
 def test_trees_of_prompts_in_pieces(treed, tmp_path):
     """Verifications and prompts in one batch, outside of the graphs of decode steps."""
     pieces = with_trees(folder=tmp_path, max_num_batched_tokens=256, max_num_seqs=4)

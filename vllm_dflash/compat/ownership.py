@@ -86,8 +86,8 @@ def draft_vocabulary(vllm_config: VllmConfig) -> tuple[int, ...] | None:
 
 
 def draft_tree(vllm_config: VllmConfig) -> TreeShape | None:
-    """The draft trees of an engine of ours; None: chains."""
-    return tree_shape(vllm_config.speculative_config)
+    """The draft trees of an engine; None: chains, or it is none of ours."""
+    return tree_shape(vllm_config.speculative_config) if drafts_here(vllm_config) else None
 
 
 def tree_shape(speculative: SpeculativeConfig) -> TreeShape | None:

@@ -48,7 +48,7 @@ def install(model_runner: ModuleType) -> None:
 
     def init_model_state(vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> Any:
         """vLLM's function, with ours for targets that verify trees. Same signature."""
-        shape = draft_tree(vllm_config) if drafts_here(vllm_config) else None
+        shape = draft_tree(vllm_config)
         if shape is None:
             return make_state(vllm_config, model, encoder_cache, device)
         from vllm_dflash.compat.trees.model_state import TreeModelState, check_target_state
@@ -71,7 +71,7 @@ def install(model_runner: ModuleType) -> None:
 
     def make_cudagraph_manager(vllm_config: VllmConfig, device: torch.device, mode: Any, **options: Any) -> Any:
         """vLLM's class, or ours where trees follow the load. Same signature."""
-        shape = draft_tree(vllm_config) if drafts_here(vllm_config) else None
+        shape = draft_tree(vllm_config)
         if shape is None or not shape.is_auto:
             return make_graphs(vllm_config, device, mode, **options)
         from vllm_dflash.compat.trees.graphs import TreeGraphs

@@ -19,7 +19,7 @@ from vllm_dflash.compat.metrics import wire
 from vllm_dflash.compat.metrics.report import StepReport
 from vllm_dflash.compat.metrics.runners import report_of
 from vllm_dflash.compat.metrics.watch import AcceptanceWatch, PrefixCacheWatch
-from vllm_dflash.compat.ownership import draft_tree, drafts_here
+from vllm_dflash.compat.ownership import draft_tree
 from vllm_dflash.compat.prefill_cadence import interval_in_force
 from vllm_dflash.compat.verified_nodes import count_verified
 from vllm_dflash.logs import logger
@@ -62,7 +62,7 @@ class SchedulerMetrics:
     """Reports that wait for statistics to go with, and what watches over them."""
 
     def __init__(self, vllm_config: VllmConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        shape = draft_tree(vllm_config) if drafts_here(vllm_config) else None
+        shape = draft_tree(vllm_config)
         self._tree_depths = shape.num_depths if shape else None
         self._is_auto = shape is not None and shape.is_auto
         self._waiting = StepReport()
