@@ -180,7 +180,9 @@ class Benchmark:
                 raise EngineError(f"engine {name!r} drafts with {facts['drafter']}: not what is to be measured")
 
     def _ask_costs(self, engines: dict[str, Engine]) -> None:
-        """What engines whose trees follow the load have measured of their steps."""
+        """What engines of one GPU whose trees follow the load have measured of their steps."""
+        if self.args.engine_args.get("tensor_parallel_size", 1) > 1:
+            return
         for name in (name for name in engines if base(name) == TREE and measures_itself(name)):
             self.costs[name] = engines[name].ask({"costs": True}, self.args.run_timeout)
 

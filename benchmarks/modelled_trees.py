@@ -152,7 +152,7 @@ def length_of(chain: Record) -> float:
 def costs_of(shape: Record) -> StepCosts:
     """What steps of the large shape take. Raises SystemExit where nobody has measured it."""
     found = shape.get("costs", {}).get(LARGE)
-    if found is None:
+    if not found:
         raise SystemExit(f"--shape: no {LARGE} in {shape['command']!r}, which measures what steps cost")
     return StepCosts(**{name: np.array(value) if isinstance(value, list) else value for name, value in found.items()})
 

@@ -32,7 +32,7 @@ class StepCosts:
     context_ms: float = 0.0  # reading a slot of context, behind the first ones of each request
     attention_ms: np.ndarray | None = None  # [requests + 1]: reading `profiled_context` slots of each of so many
     profiled_context: int = 0
-    trees_ms: np.ndarray | None = None  # [requests + 1]: more where rows of so many requests are candidates
+    trees_ms: np.ndarray | None = None  # [requests + 1]: attention, where rows of so many requests may be candidates
     overheads_ms: tuple[float, float] = (0.0, 0.0)  # all else that a step's start and end are apart
     host_ms: tuple[float, float] = (0.0, 0.0)  # work of the host beside the device's: a step takes no less
 
@@ -63,9 +63,9 @@ class StepCosts:
         num_reqs: int,
         context: float,
     ) -> np.ndarray:
-        """[last - first + 1]: steps with drafting, of `first` rows and each number more up to `last`."""
+        """[last - first + 1]: steps with drafting, of `first` rows that are no candidates, and up to `last` in all."""
         gpu_ms = self.verify_ms[first : last + 1] + self._other_ms(num_reqs, context, drafts=True)
-        gpu_ms[max(0, num_reqs + 1 - first) :] += self._trees_ms(num_reqs)
+        gpu_ms[1:] += self._trees_ms(num_reqs)
         return np.maximum(np.maximum(gpu_ms, 1e-6) + self.overheads_ms[True], self.host_ms[True])
 
     def _other_ms(self, num_reqs: int, context: float, drafts: bool) -> float:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +83,10 @@ def misplaced_options(additional_config: object, is_ours: bool) -> Iterator[str]
             yield f"{_FLAG} has no effect: --speculative-config names no drafter that this plugin drafts with"
         return
     known = {field.name for field in fields(DFlashOptions)}
-    for key in additional_config:
-        is_similar = get_close_matches(str(key).lower(), ["dflash"], cutoff=0.8)
-        if key != "dflash" and (is_similar or key in known):
-            meant = '"dflash"' if is_similar else f'in "dflash": {{{key!r}: ...}}'
+    for key, value in additional_config.items():
+        has_options = isinstance(value, Mapping) and len(value) > 0 and known.issuperset(value)
+        if key != "dflash" and (has_options or key in known):
+            meant = '"dflash"' if has_options else f'in "dflash": {{{key!r}: ...}}'
             yield f"--additional-config has {key!r}, which has no effect there: is it meant to be {meant}?"
 
 

@@ -55,7 +55,7 @@ def test_steps_without_candidates_may_take_less() -> None:
     assert some.step_ms(2, 2, 0.0, drafts=False) == 0.75
     assert some.step_ms(2, 1, 0.0, drafts=False) == 0.875
     assert some.steps_ms(2, 4, 2, 0.0).tolist() == [1.25, 1.5, 1.5]
-    assert some.steps_ms(5, 7, 2, 0.0).tolist() == [1.5, 1.5, 1.5]
+    assert some.steps_ms(5, 7, 2, 0.0).tolist() == [1.25, 1.5, 1.5]  # beside a prompt
     late = some.with_overheads((0.0, 0.0), (1.5, 1.6))
     assert late.hidden_rows(2, 0.0) == -1 and late.hidden_rows(1, 0.0) == 9  # 1.5 and 1.375 of 1.44
     choice = choose(np.array([0.9, 0.5]), 2, 2, 2, 0.0, some)

@@ -183,7 +183,9 @@ def test_a_tree_and_another_number_of_tokens(target: str, drafter: str) -> None:
         treed(target, drafter, 31, num_speculative_tokens=15)
 
 
-@pytest.mark.parametrize(("has_triton", "advice"), [(True, "set VLLM_USE_V2_MODEL_RUNNER=1"), (False, "run on GPUs")])
+@pytest.mark.parametrize(
+    ("has_triton", "advice"), [(True, "set VLLM_USE_V2_MODEL_RUNNER=1"), (False, "draft on a GPU")]
+)
 def test_a_tree_needs_the_v2_runner(
     target: str, drafter: str, has_triton: bool, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +199,7 @@ def test_a_tree_needs_the_v2_runner(
 @pytest.mark.parametrize(
     ("additional_config", "warned"),
     [
-        ({"dflash": {}, "others": 1}, None),
+        ({"dflash": {}, "others": 1, "dflash2": {"draft_weights": "fp8", "more": 1}, "flash": {}}, None),
         ({"dlfash": {"tree": "auto"}}, "has 'dlfash', which has no effect there: is it meant to be \"dflash\"?"),
         ({"DFlash": {"tree": "auto"}}, "has 'DFlash', which has no effect"),
         ({"dflash": {}, "tree": "auto"}, "is it meant to be in \"dflash\": {'tree': ...}?"),

@@ -53,7 +53,13 @@ class OfSteps:
     """What is asked of a TreeStore: for which steps without candidates there are graphs, and whether there are any."""
 
     def __init__(self, *plain_sizes: int) -> None:
-        self.plain_sizes, self.is_plain = frozenset(plain_sizes), False
+        self.plain_sizes, self.is_plain, self.is_timed = frozenset(plain_sizes), False, False
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        self.is_timed = True
+        yield
+        self.is_timed = False
 
     @contextmanager
     def without_candidates(self) -> Iterator[None]:
@@ -374,10 +380,11 @@ def profile(
     made = CostProfile(None, torch.float32, 16, 4, longest_context)
     monkeypatch.setattr(made, "_logits_ms", lambda: 0.25 * np.ones(17))
     timed: list[Any] = []
-    store: Any = OfSteps(*(spared_ms or {}))
+    store: Any = OfSteps(*(spared_ms or {}), 5)  # 5 has not been captured
     for batch in made.batches([1, 2, 8], store):
         assert batch.keys() == {"num_tokens", "context_len", "randomize_inputs"} and batch["randomize_inputs"]
         forward_ms, drafter_ms = samples[batch["num_tokens"], batch["context_len"]]
+        assert store.is_timed
         forward_ms -= (spared_ms or {})[batch["num_tokens"]] if store.is_plain else 0.0
         noise = 50.0 if not len(timed) % 4 else 0.0  # the first of each
         timed.append(
@@ -400,20 +407,22 @@ def test_tables_of_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             (16, 0): (4.0, 99.0),  # without a graph
             (1, 512): (1.125, 0.3),
             (2, 512): (1.875, 0.4),
-            (2, 4096): (1.875 + 2 * 3584 * 1e-5, 0.4),
+            (8, 512): (2.5, 0.6),
+            (8, 4096): (2.5 + 4 * 3584 * 1e-5, 0.6),
         },
         monkeypatch,
         spared_ms={1: 0.125, 2: 0.25},
     )
-    # Of the eight rows four are requests; that four have no graph without candidates leaves what two took.
-    assert found.trees_ms is not None and found.trees_ms.tolist() == pytest.approx([0, 0.125, *[0.25] * 3])
-    assert found.verify_ms[[1, 2, 3, 8, 9, 16]].tolist() == pytest.approx([1.125, 1.5, 2.0, 2.0, 4.0, 4.0])
+    # Of the eight rows four are requests. Three and four have no graph without candidates.
+    assert found.trees_ms is not None and found.trees_ms.tolist() == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
+    assert found.verify_ms[[1, 2, 3, 8, 9, 16]].tolist() == pytest.approx([1.125, 1.5, 1.75, 1.75, 4.25, 4.25])
     assert found.draft_ms.tolist() == pytest.approx([0.3, 0.3, 0.4, 0.6, 0.6])
     assert found.context_ms == pytest.approx(1e-5)
-    assert found.attention_ms is not None and found.attention_ms.tolist() == pytest.approx([0, 0.125, *[0.375] * 3])
+    assert found.attention_ms is not None
+    assert found.attention_ms.tolist() == pytest.approx([0, 0.125, 0.375, 0.4375, 0.5])
     # Of eight rows only two are requests, with twice the context that such were measured with.
-    assert found.gpu_ms(8, 2, 2048.0, drafts=False) == pytest.approx(2.25 + 0.375 + 1024 * 1e-5)
-    assert found.gpu_ms(8, 2, 1024.0, drafts=True) == pytest.approx(2.25 + 0.375 + 0.4)
+    assert found.gpu_ms(8, 2, 2048.0, drafts=False) == pytest.approx(1.75 + 0.25 + 0.375 + 1024 * 1e-5)
+    assert found.gpu_ms(8, 2, 1024.0, drafts=True) == pytest.approx(1.75 + 0.25 + 0.375 + 0.4)
     assert found.gpu_ms(2, 2, 1024.0, drafts=False) == pytest.approx(1.5 + 0.375)
 
 
@@ -450,10 +459,41 @@ def test_fewer_requests_than_the_smallest_graph_has_rows(monkeypatch: pytest.Mon
     assert found.context_ms == pytest.approx(1e-5)
 
 
+def test_more_requests_than_any_graph_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reading takes goes on in proportion."""
+    made = CostProfile(None, torch.float32, 8, 6, 512)
+    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(9))
+    ms = {(1, 0): 1.0, (2, 0): 1.0, (4, 0): 3.0, (1, 512): 1.125, (2, 512): 1.5}
+    timed: list[Any] = [
+        SimpleNamespace(forward_ms=ms[batch["num_tokens"], batch["context_len"]], full_cudagraph=False)
+        for batch in made.batches([1, 2], OfSteps())  # type: ignore[arg-type]
+    ]
+    found = made.costs(timed)
+    assert found.attention_ms is not None
+    assert found.attention_ms.tolist() == pytest.approx([0.0, 0.125, 0.5, 0.75, 1.0, 1.25, 1.5])
+
+
+@pytest.mark.parametrize("slopes", [(1e-5, 2e-5), (2e-5, 1e-5)])
+def test_a_slot_costs_what_the_faster_of_two_batches_says(
+    slopes: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first one of 32 requests or more, and the largest."""
+    made = CostProfile(None, torch.float32, 96, 64, 9999)
+    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(97))
+    ms = {(rows, context): 1.0 for rows in (8, 32, 48, 64, 96) for context in (0, 512)}
+    ms |= {(rows, 4096): 1.0 + rows * 3584 * slope for rows, slope in zip((32, 64), slopes, strict=True)}
+    timed: list[Any] = [
+        SimpleNamespace(forward_ms=ms[batch["num_tokens"], batch["context_len"]], full_cudagraph=False)
+        for batch in made.batches([8, 32, 48, 64], OfSteps())  # type: ignore[arg-type]
+    ]
+    assert made.costs(timed).context_ms == pytest.approx(1e-5)
+
+
 def test_short_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no request can be long, further slots are not priced."""
     samples = {(rows, 0): (1.0 * rows, 0.5) for rows in (1, 2, 8, 16)}
-    found = profile(samples | {(1, 300): (1.25, 0.5), (2, 300): (2.5, 0.5)}, monkeypatch, longest_context=300)
+    samples |= {(1, 300): (1.25, 0.5), (2, 300): (2.5, 0.5), (8, 300): (9.0, 0.5)}
+    found = profile(samples, monkeypatch, longest_context=300)
     assert found.context_ms == 0 and found.profiled_context == 300
     assert found.gpu_ms(1, 1, 200.0, drafts=False) == found.gpu_ms(1, 1, 300.0, drafts=False) == 1.5
 

@@ -26,11 +26,14 @@ def trees(monkeypatch: pytest.MonkeyPatch) -> TreeStore:
     return TreeStore(4, 32, SHAPE, torch.device("cpu"))
 
 
-def begins_with_trees(trees: TreeStore, rows: int, nodes: int, is_whole: bool = True, is_capture: bool = False) -> bool:
+def begins_with_trees(
+    trees: TreeStore, rows: int, nodes: int, is_whole: bool = True, is_capture: bool = False, is_padding: Any = None
+) -> bool:
     """Whether a step of two requests is prepared to verify."""
     batch: Any = SimpleNamespace(
         positions=None, idx_mapping=None, query_start_loc=None, cu_num_logits=None, seq_lens=None, num_reqs=2,
         num_reqs_after_padding=2, num_tokens_after_padding=rows, num_draft_tokens=nodes, max_query_len=6,
+        is_padding=is_padding,
     )  # fmt: skip
     trees.begin_step(batch, is_whole, is_capture)
     return trees.step is not None
@@ -47,6 +50,16 @@ def test_steps_without_candidates(trees: TreeStore) -> None:
     with trees.without_candidates():
         assert not begins_with_trees(trees, rows=2, nodes=0, is_capture=True)
     assert begins_with_trees(trees, rows=2, nodes=0, is_capture=True)
+
+
+def test_timed_steps_have_no_padding(trees: TreeStore) -> None:
+    """Experts would leave its rows out."""
+    is_padding = torch.ones(2, dtype=torch.bool)
+    begins_with_trees(trees, rows=2, nodes=0, is_padding=is_padding)
+    assert is_padding.all()
+    with trees.timed():
+        begins_with_trees(trees, rows=2, nodes=0, is_padding=is_padding)
+    assert not is_padding.any()
 
 
 class Plain:

@@ -34,7 +34,7 @@ def scheduler(max_num_seqs: int, max_num_batched_tokens: int) -> Any:
         pytest.param(1024, 8192, 512, id="vllm serve on a large card"),
         pytest.param(40, 8192, 40, id="room for all"),
         pytest.param(40, 639, 39, id="one does not fit"),
-        pytest.param(40, 8, 1, id="no room for one block"),
+        pytest.param(40, 16, 1, id="room for one"),
     ],
 )
 def test_graphs_of_blocks(

@@ -77,6 +77,7 @@ def varying_sizes(scheduler: SchedulerConfig) -> set[int]:
     limit = scheduler.max_num_batched_tokens
     most = min(limit, max(_FINEST, _ROWS_EACH * scheduler.max_num_seqs))
     fine = set(range(8, min(most, _FINEST) + 1, 8)) | set(range(_FINEST, most + 1, 64))
+    fine.add(min(limit, scheduler.max_num_seqs))  # a full batch that verifies nothing
     return fine | set(range(most, min(limit, 2 * most, _COARSEST) + 1, 256))
 
 

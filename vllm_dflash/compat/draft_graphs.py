@@ -18,7 +18,7 @@ PrepareStep = Callable[[int], Callable[[], None]]
 
 def most_blocks(scheduler: SchedulerConfig, num_query_rows: int) -> int:
     """Requests that may draft in one step: vLLM compiles a model for no more rows than a step has."""
-    return max(1, min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // num_query_rows))
+    return min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // num_query_rows)
 
 
 class DraftGraphs(CudaGraphManager):

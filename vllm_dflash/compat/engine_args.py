@@ -99,7 +99,7 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
 def _prepare_for_trees(vllm_config: VllmConfig, shape: TreeShape) -> None:
     """Check that trees can be drafted, and plan for them. Raises ValueError naming the option."""
     if not vllm_config.use_v2_model_runner:
-        advice = "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment" if HAS_TRITON else "draft trees run on GPUs"
+        advice = "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment" if HAS_TRITON else "draft on a GPU"
         raise ValueError(
             '--additional-config\'s "dflash": "tree" needs vLLM\'s V2 model runner, and that Triton, but this engine '
             f'has the V1 runner: {advice}, or leave "tree" out'

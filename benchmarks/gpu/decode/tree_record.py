@@ -49,8 +49,10 @@ def record_trees(llm: Any, request: Record) -> Record:
 
 
 def measured_costs(llm: Any) -> Record:
-    """What an engine whose trees follow the load has measured of its steps."""
+    """What an engine whose trees follow the load has measured of its steps; nothing where it assumes them."""
     costs = model_runner(llm).adaptive_verification.costs
+    if costs is None or costs.trees_ms is None:
+        return {}
     return {
         "verify_ms": [float(ms) for ms in costs.verify_ms],
         "draft_ms": [float(ms) for ms in costs.draft_ms],

@@ -31,6 +31,7 @@ class CostProfile:
         self.context, self.long_context = (max(0, min(c, longest_context)) for c in (_CONTEXT, _LONG_CONTEXT))
         self.planned: list[tuple[int, int]] = []  # rows and context
         self.plain: list[int] = []  # rows, of steps without candidates
+        self.largest = 0  # rows of a graph
 
     def batches(self, capture_sizes: list[int], store: TreeStore) -> Iterator[dict[str, Any]]:
         """Arguments of made-up steps: every captured size, and the next one without a graph.
@@ -39,21 +40,24 @@ class CostProfile:
         the requests, so that it is timed apart, at sizes of that many. Then come graphs for steps without candidates:
         they have to be run while the iterator stands at them.
         """
-        largest = capture_sizes[-1] if capture_sizes else 0
+        self.largest = largest = capture_sizes[-1] if capture_sizes else 0
         beyond = {min(2 * largest, self.max_num_rows)} - {*capture_sizes, 0}
-        of_requests = [size for size in capture_sizes if size <= self.max_num_reqs] or capture_sizes[:1]
+        of_requests = [size for size in capture_sizes if size <= self.max_num_reqs]
+        if self.max_num_reqs not in of_requests:
+            of_requests += capture_sizes[len(of_requests) :][:1]
         long = [size for size in of_requests if size >= min(32, of_requests[-1])]
         self.planned = [(size, 0) for size in [*capture_sizes, *beyond]]
         if self.context > 0:
             self.planned += [(size, self.context) for size in of_requests]
         if self.long_context > self.context:
             self.planned += [(size, self.long_context) for size in sorted({*long[:1], *long[-1:]})]
-        for rows, context in self.planned:
-            yield from [_made_up(rows, context)] * _REPLAYS
         self.plain = sorted(store.plain_sizes.intersection(of_requests))
-        with store.without_candidates():
-            for rows in self.plain:
-                yield from [_made_up(rows, self.context)] * _REPLAYS
+        with store.timed():
+            for rows, context in self.planned:
+                yield from [_made_up(rows, context)] * _REPLAYS
+            with store.without_candidates():
+                for rows in self.plain:
+                    yield from [_made_up(rows, self.context)] * _REPLAYS
 
     def costs(self, samples: Sequence[Any]) -> StepCosts:
         """Tables of the timed steps, in the order that they were planned."""
@@ -71,7 +75,7 @@ class CostProfile:
                 drafts[sample.num_reqs].append(sample.drafter_ms)
         trees_ms = self._trees_ms(forwards, medians[len(self.planned) :])
         verify = sorted(
-            (rows, ms - trees_ms[min(rows, self.max_num_reqs)])
+            (rows, ms - (trees_ms[min(rows, self.max_num_reqs)] if rows <= self.largest else 0.0))
             for (rows, context), ms in forwards.items()
             if context == 0
         )
@@ -103,20 +107,21 @@ class CostProfile:
         forwards: Mapping[tuple[int, int], float],  # by rows and context
         plain_ms: Sequence[float],  # of the plain sizes
     ) -> np.ndarray:
-        """[requests + 1]: what the trees' part of attention adds."""
+        """[requests + 1]: what a graph for candidates takes more, without any: all but the work on these."""
         of_sizes = zip(self.plain, plain_ms, strict=True)
         return self._by_requests([(rows, forwards[rows, self.context] - ms) for rows, ms in of_sizes])
 
     def _by_requests(self, added: Sequence[tuple[int, float]]) -> np.ndarray:
-        """[requests + 1]: ms by requests, in between lines, as none of them is padding."""
-        counts, values = zip((0, 0.0), *added, strict=True)
-        return np.interp(np.arange(self.max_num_reqs + 1), counts, np.maximum.accumulate(values))
+        """[requests + 1]: ms by requests: in between lines, as none of them is padding, and beyond in proportion."""
+        counts, values = (np.array(column) for column in zip((0, 0.0), *added, strict=True))
+        wanted, values = np.arange(self.max_num_reqs + 1), np.maximum.accumulate(values)
+        return np.interp(wanted, counts, values) * np.maximum(wanted / max(counts[-1], 1), 1.0)
 
     def _logits_ms(self) -> np.ndarray:
         """[rows + 1]: the LM head, and the choice of a token."""
         device = next(self.target.parameters()).device
         hidden_size = self.target.config.get_text_config().hidden_size
-        hidden = torch.zeros(max(_LOGITS_ROWS), hidden_size, dtype=self.dtype, device=device)
+        hidden = torch.randn(max(_LOGITS_ROWS), hidden_size, dtype=self.dtype, device=device)
 
         def head(rows: int) -> None:
             self.target.compute_logits(hidden[:rows]).argmax(dim=-1)
@@ -130,7 +135,7 @@ class CostProfile:
 
 
 def _made_up(rows: int, context: int) -> dict[str, Any]:
-    """A step of other tokens in each row: a GPU multiplies equal rows faster, and a router sends them all one way."""
+    """A step of other tokens in each row: a GPU multiplies equal rows faster, and a router sends them one way."""
     return {"num_tokens": rows, "context_len": context, "randomize_inputs": True}
 
 

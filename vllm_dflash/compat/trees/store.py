@@ -65,7 +65,7 @@ class TreeStore:
         self.step: TreeStep | None = None  # None: no request verifies anything
         # Rows of the graphs for steps without candidates, where graphs are of two kinds; and whether they are captured.
         self.plain_sizes: frozenset[int] = frozenset()
-        self._is_without_candidates = False
+        self._is_without_candidates = self._is_timed = False
 
     def begin(self, state_index: int, as_chain: bool) -> None:
         """A request takes this row, from the next step on."""
@@ -93,6 +93,15 @@ class TreeStore:
         finally:
             self._is_without_candidates = False
 
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Steps begin that are made up, and yet are to take what real ones take: experts leave out padding."""
+        self._is_timed = True
+        try:
+            yield
+        finally:
+            self._is_timed = False
+
     def is_plain(self, batch: InputBatch) -> bool:
         """Whether there is a graph without the trees' part for this step."""
         return not batch.num_draft_tokens and batch.num_tokens_after_padding in self.plain_sizes
@@ -100,6 +109,8 @@ class TreeStore:
     def begin_step(self, batch: InputBatch, is_whole: bool, is_capture: bool) -> None:
         """Say what the next forward verifies, and where its rows stand."""
         self.forget_earlier_owners()
+        if self._is_timed:
+            batch.is_padding.fill_(False)  # in the memory that graphs read
         write_verified_rows(
             self.rows,
             batch.positions,
