@@ -60,7 +60,7 @@ def cases(folder: Path) -> list[Case]:
         Case("other_width", {"model": str(other)}, ("target_hidden_size", "4096", "192")),
         Case("no_config", {"model": str(empty)}, ("config.json", str(empty))),
         Case("truncated", {"model": str(truncated)}, ("model.safetensors",)),
-        Case("tree", {"model": str(DRAFTER)}, ("tree", "VLLM_USE_V2_MODEL_RUNNER"), ("--additional-config", tree)),
+        Case("tree", {"model": str(DRAFTER)}, ("tree", "draft on a GPU"), ("--additional-config", tree)),
     ]  # fmt: skip
 
 
