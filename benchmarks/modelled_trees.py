@@ -215,11 +215,10 @@ def section(temperature: float, rows: list[Record], records: list[Record], chain
     of_trees = ", ".join(f"{length:.2f} of {n} nodes" for n, length in lengths.items())
     trees = f"{len(records)} recorded trees: acceptance length {chain_length:.2f} of chains, {of_trees}."
     lines = [f"## Temperature {temperature:g}", "", trees, ""]
-    names = list(max(rows, key=len))
+    names, peers = list(max(rows, key=len)), ("vLLM's own", "no speculation")
     lines += ["| " + " | ".join([*names, "auto / vLLM's own", "auto / none"]) + " |", "|" + "--:|" * (len(names) + 2)]
     for row in rows:
         cells = [f"{row[name]:.{1 if 'nodes' in name else 0}f}" if name in row else "-" for name in names]
-        peers = ("vLLM's own", "no speculation")
         ratios = [f"{row['auto'] / row[name]:.2f}" if name in row else "-" for name in peers]
         lines.append("| " + " | ".join(cells + ratios) + " |")
     return "\n".join(lines) + "\n"

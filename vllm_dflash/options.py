@@ -37,17 +37,17 @@ class DFlashOptions:
         """Raise ValueError naming the key and the value."""
         if self.draft_weights not in (None, "fp8"):
             raise ValueError(f'{_FLAG}: "draft_weights" must be "fp8" or absent, found {self.draft_weights!r}')
-        if self.tree not in (None, AUTO) and not _is_count(self.tree, MAX_NODES):
+        if self.tree not in (None, AUTO) and not is_count(self.tree, MAX_NODES):
             raise ValueError(
                 f'{_FLAG}: "tree" must be "auto" or a number of nodes from 1 to {MAX_NODES}, found {self.tree!r}'
             )
-        if self.prefill_schedule_interval not in (None, AUTO) and not _is_count(self.prefill_schedule_interval):
+        if self.prefill_schedule_interval not in (None, AUTO) and not is_count(self.prefill_schedule_interval):
             raise ValueError(
                 f'{_FLAG}: "prefill_schedule_interval" must be "auto" or a positive integer, '
                 f"found {self.prefill_schedule_interval!r}"
             )
         size = self.draft_vocab_size
-        if size is not None and not _is_count(size):
+        if size is not None and not is_count(size):
             raise ValueError(f'{_FLAG}: "draft_vocab_size" must be a positive integer, found {size!r}')
         if self.draft_vocab_file is None:
             return
@@ -67,7 +67,7 @@ class DFlashOptions:
         options = (additional_config or {}).get("dflash") or {}
         if not isinstance(options, Mapping):
             raise ValueError(f"{_FLAG} must be an object, found {options!r}")
-        known = {field.name for field in fields(cls)}
+        known = _known_keys()
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"{_FLAG} has unknown key(s) {unknown}; known keys: {sorted(known)}")
@@ -82,7 +82,7 @@ def misplaced_options(additional_config: object, is_ours: bool) -> Iterator[str]
         if "dflash" in additional_config:
             yield f"{_FLAG} has no effect: --speculative-config names no drafter that this plugin drafts with"
         return
-    known = {field.name for field in fields(DFlashOptions)}
+    known = _known_keys()
     for key, value in additional_config.items():
         has_options = isinstance(value, Mapping) and len(value) > 0 and known.issuperset(value)
         if key != "dflash" and (has_options or key in known):
@@ -90,5 +90,10 @@ def misplaced_options(additional_config: object, is_ours: bool) -> Iterator[str]
             yield f"--additional-config has {key!r}, which has no effect there: is it meant to be {meant}?"
 
 
-def _is_count(value: object, most: float = math.inf) -> bool:
+def _known_keys() -> set[str]:
+    return {field.name for field in fields(DFlashOptions)}
+
+
+def is_count(value: object, most: float = math.inf) -> bool:
+    """Whether that is a whole number from 1 to `most`, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

@@ -72,8 +72,8 @@ def test_fp8_kv_cache(tmp_path):
 NUM_NODES = 31
 
 
-def with_trees(**llm):
-    return generate(llm.pop("folder"), **dflash(), additional_config={"dflash": {"tree": NUM_NODES}}, **llm)
+def with_trees(folder, tree=NUM_NODES, **changes):
+    return generate(folder, **dflash(), additional_config={"dflash": {"tree": tree}}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_trees_of_prompts_in_pieces(treed, tmp_path):
 
 def test_trees_that_follow_the_load(plain, tmp_path):
     """Requests of other numbers of nodes, which the device shares out, in graphs for any of them."""
-    auto = generate(tmp_path, **dflash(), additional_config={"dflash": {"tree": "auto"}})
+    auto = with_trees(tmp_path, "auto")
     assert_same_but_near_ties(auto.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
     assert auto.acceptance_length > 5
     for part in ("verify", "draft"):
@@ -119,7 +119,7 @@ def test_trees_that_follow_the_load(plain, tmp_path):
 
 def test_trees_in_some_steps(plain, tmp_path):
     """Steps that verify nothing have graphs of their own, which read what the others have written, and the reverse."""
-    some = generate(tmp_path, alternates=(2, 12), **dflash(), additional_config={"dflash": {"tree": "auto"}})
+    some = with_trees(tmp_path, "auto", alternates=(2, 12))
     assert_same_but_near_ties(some.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
     assert some.counters["vllm_dflash:fallbacks[does_not_pay]"] > 8
     accepted, drafts = some.counters["vllm:spec_decode_num_accepted_tokens"], "vllm_dflash:spec_decode_num_drafts"
@@ -129,8 +129,7 @@ def test_trees_in_some_steps(plain, tmp_path):
 def test_more_rows_to_read_than_a_step_has(plain, tmp_path):
     """Steps that verify and do not draft, beside prompts: the drafter reads 16 rows a request, the target 8."""
     limits = {"max_num_seqs": 40, "max_num_batched_tokens": 640}
-    auto = dflash() | {"additional_config": {"dflash": {"tree": "auto"}}}
-    got = generate(tmp_path, alternates=(1, 1), num_prompts=2 * NUM_PROMPTS, **limits, **auto)
+    got = with_trees(tmp_path, "auto", alternates=(1, 1), num_prompts=2 * NUM_PROMPTS, **limits)
     first = got.token_ids[:NUM_PROMPTS]
     assert_same_but_near_ties(first, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
 
@@ -139,7 +138,6 @@ def test_more_rows_to_read_than_a_step_has(plain, tmp_path):
 def test_defaults_of_a_server_on_a_large_card(tree, plain, tmp_path):
     """A full batch would draft more rows than a step has."""
     limits = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
-    options = {"additional_config": {"dflash": {"tree": tree}}} if tree else {}
-    got = generate(tmp_path, **limits, **dflash(), **options)
+    got = with_trees(tmp_path, tree, **limits)
     assert_same_but_near_ties(got.token_ids, plain.token_ids, held_out_prompts(NUM_PROMPTS), most=NUM_PROMPTS // 4)
     assert got.acceptance_length > 5

@@ -372,16 +372,19 @@ def profile(
     monkeypatch: pytest.MonkeyPatch,
     longest_context: int = 9999,
     spared_ms: dict[int, float] | None = None,
+    captured: tuple[int, ...] = (1, 2, 8),
+    max_num_rows: int = 16,
+    max_num_reqs: int = 4,
 ) -> StepCosts:
-    """Of a runner of 4 requests and 16 rows, whose made-up steps take (forward, draft) ms by (rows, context).
+    """Of a runner whose made-up steps take (forward, draft) ms by (rows, context).
 
     `spared_ms`: how much less without candidates, by rows.
     """
-    made = CostProfile(None, torch.float32, 16, 4, longest_context)
-    monkeypatch.setattr(made, "_logits_ms", lambda: 0.25 * np.ones(17))
+    made = CostProfile(None, torch.float32, max_num_rows, max_num_reqs, longest_context)
+    monkeypatch.setattr(made, "_logits_ms", lambda: 0.25 * np.ones(max_num_rows + 1))
     timed: list[Any] = []
     store: Any = OfSteps(*(spared_ms or {}), 5)  # 5 has not been captured
-    for batch in made.batches([1, 2, 8], store):
+    for batch in made.batches(list(captured), store):
         assert batch.keys() == {"num_tokens", "context_len", "randomize_inputs"} and batch["randomize_inputs"]
         forward_ms, drafter_ms = samples[batch["num_tokens"], batch["context_len"]]
         assert store.is_timed
@@ -391,8 +394,8 @@ def profile(
             SimpleNamespace(
                 forward_ms=forward_ms + noise,
                 drafter_ms=drafter_ms,
-                num_reqs=min(batch["num_tokens"], 4),
-                full_cudagraph=batch["num_tokens"] <= 8,
+                num_reqs=min(batch["num_tokens"], max_num_reqs),
+                full_cudagraph=batch["num_tokens"] <= captured[-1],
             )
         )
     return made.costs(timed)
@@ -431,44 +434,23 @@ def test_attention_of_more_requests_takes_no_less(monkeypatch: pytest.MonkeyPatc
     samples = {(rows, 0): (1.0, 0.5) for rows in (1, 4, 6, 8, 12)}
     samples |= {(1, 512): (1.3, 0.5), (4, 512): (1.6, 0.5), (6, 512): (1.5, 0.5)}
     samples |= {(6, 4096): (1.5, 0.5)}
-    made = CostProfile(None, torch.float32, 12, 6, 9999)
-    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(13))
-    timed: list[Any] = [
-        SimpleNamespace(forward_ms=ms, drafter_ms=draft_ms, num_reqs=min(batch["num_tokens"], 6), full_cudagraph=True)
-        for batch in made.batches([1, 4, 6, 8], OfSteps())  # type: ignore[arg-type]
-        for ms, draft_ms in [samples[batch["num_tokens"], batch["context_len"]]]
-    ]
-    found = made.costs(timed)
+    found = profile(samples, monkeypatch, captured=(1, 4, 6, 8), max_num_rows=12, max_num_reqs=6)
     assert found.attention_ms is not None
     assert found.attention_ms.tolist() == pytest.approx([0.0, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
     assert found.context_ms == 0.0
 
 
 def test_fewer_requests_than_the_smallest_graph_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = CostProfile(None, torch.float32, 16, 4, 9999)
-    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(17))
     ms = {(8, 0): 1.0, (16, 0): 2.0, (8, 512): 1.5, (8, 4096): 1.5 + 4 * 3584 * 1e-5}
-    timed: list[Any] = [
-        SimpleNamespace(
-            forward_ms=ms[batch["num_tokens"], batch["context_len"]], drafter_ms=0.5, num_reqs=4, full_cudagraph=True
-        )
-        for batch in made.batches([8, 16], OfSteps())  # type: ignore[arg-type]
-    ]
-    found = made.costs(timed)
+    found = profile({step: (forward_ms, 0.5) for step, forward_ms in ms.items()}, monkeypatch, captured=(8, 16))
     assert found.attention_ms is not None and found.attention_ms.tolist() == [0.0, 0.125, 0.25, 0.375, 0.5]
     assert found.context_ms == pytest.approx(1e-5)
 
 
 def test_more_requests_than_any_graph_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reading takes goes on in proportion."""
-    made = CostProfile(None, torch.float32, 8, 6, 512)
-    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(9))
-    ms = {(1, 0): 1.0, (2, 0): 1.0, (4, 0): 3.0, (1, 512): 1.125, (2, 512): 1.5}
-    timed: list[Any] = [
-        SimpleNamespace(forward_ms=ms[batch["num_tokens"], batch["context_len"]], full_cudagraph=False)
-        for batch in made.batches([1, 2], OfSteps())  # type: ignore[arg-type]
-    ]
-    found = made.costs(timed)
+    samples = {(1, 0): (1.0, 0.5), (2, 0): (1.0, 0.5), (4, 0): (3.0, 0.5), (1, 512): (1.125, 0.5), (2, 512): (1.5, 0.5)}
+    found = profile(samples, monkeypatch, 512, captured=(1, 2), max_num_rows=8, max_num_reqs=6)
     assert found.attention_ms is not None
     assert found.attention_ms.tolist() == pytest.approx([0.0, 0.125, 0.5, 0.75, 1.0, 1.25, 1.5])
 
@@ -478,15 +460,10 @@ def test_a_slot_costs_what_the_faster_of_two_batches_says(
     slopes: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the first one of 32 requests or more, and the largest."""
-    made = CostProfile(None, torch.float32, 96, 64, 9999)
-    monkeypatch.setattr(made, "_logits_ms", lambda: np.zeros(97))
-    ms = {(rows, context): 1.0 for rows in (8, 32, 48, 64, 96) for context in (0, 512)}
-    ms |= {(rows, 4096): 1.0 + rows * 3584 * slope for rows, slope in zip((32, 64), slopes, strict=True)}
-    timed: list[Any] = [
-        SimpleNamespace(forward_ms=ms[batch["num_tokens"], batch["context_len"]], full_cudagraph=False)
-        for batch in made.batches([8, 32, 48, 64], OfSteps())  # type: ignore[arg-type]
-    ]
-    assert made.costs(timed).context_ms == pytest.approx(1e-5)
+    samples = {(rows, context): (1.0, 0.5) for rows in (8, 32, 48, 64, 96) for context in (0, 512)}
+    samples |= {(rows, 4096): (1.0 + rows * 3584 * slope, 0.5) for rows, slope in zip((32, 64), slopes, strict=True)}
+    found = profile(samples, monkeypatch, captured=(8, 32, 48, 64), max_num_rows=96, max_num_reqs=64)
+    assert found.context_ms == pytest.approx(1e-5)
 
 
 def test_short_contexts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,7 @@ def test_graphs_of_blocks(
     max_num_seqs: int, max_num_batched_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
-    monkeypatch.setattr(
-        cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None), raising=True
-    )
+    monkeypatch.setattr(cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
     config: Any = SimpleNamespace(
         compilation_config=CompilationConfig(cudagraph_capture_sizes=[1, 2, 4, 8], max_cudagraph_capture_size=8),
         scheduler_config=scheduler(max_num_seqs, max_num_batched_tokens),

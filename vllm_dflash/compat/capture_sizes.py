@@ -60,8 +60,8 @@ def set_cudagraph_sizes(self: VllmConfig) -> None:
             "CUDA graphs. Raise --max-num-batched-tokens or lower --max-num-seqs",
             scheduler.max_num_seqs, full_batch, num_query_rows, limit, limit // num_query_rows,
         )  # fmt: skip
-    most = min(scheduler.max_num_seqs, limit // num_query_rows)
-    _capture(compilation, {count * num_query_rows for count in request_counts(most)}, compile_sizes)
+    counts = request_counts(most_requests(scheduler, num_query_rows))
+    _capture(compilation, {count * num_query_rows for count in counts}, compile_sizes)
 
 
 def _capture(compilation: CompilationConfig, sizes: set[int], compile_sizes: Any) -> None:
@@ -79,6 +79,11 @@ def varying_sizes(scheduler: SchedulerConfig) -> set[int]:
     fine = set(range(8, min(most, _FINEST) + 1, 8)) | set(range(_FINEST, most + 1, 64))
     fine.add(min(limit, scheduler.max_num_seqs))  # a full batch that verifies nothing
     return fine | set(range(most, min(limit, 2 * most, _COARSEST) + 1, 256))
+
+
+def most_requests(scheduler: SchedulerConfig, num_rows: int) -> int:
+    """Of so many rows each in one step, for whose rows alone vLLM compiles a model."""
+    return min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // num_rows)
 
 
 def request_counts(max_num_seqs: int) -> list[int]:

@@ -7,18 +7,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-from vllm.config import CUDAGraphMode, SchedulerConfig, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_dflash.compat.capture_sizes import request_counts
+from vllm_dflash.compat.capture_sizes import most_requests, request_counts
 
 #: From a padded number of requests to the step over that many, ready to be captured.
 PrepareStep = Callable[[int], Callable[[], None]]
-
-
-def most_blocks(scheduler: SchedulerConfig, num_query_rows: int) -> int:
-    """Requests that may draft in one step: vLLM compiles a model for no more rows than a step has."""
-    return min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // num_query_rows)
 
 
 class DraftGraphs(CudaGraphManager):
@@ -35,7 +30,7 @@ class DraftGraphs(CudaGraphManager):
         config = copy.copy(vllm_config)
         if own_sizes:
             config.compilation_config = copy.copy(vllm_config.compilation_config)
-            most = most_blocks(vllm_config.scheduler_config, num_query_rows)
+            most = most_requests(vllm_config.scheduler_config, num_query_rows)
             sizes = [count * num_query_rows for count in request_counts(most)]
             config.compilation_config.cudagraph_capture_sizes = sizes
             config.compilation_config.max_cudagraph_capture_size = sizes[-1]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_dflash.compat import patching
+from vllm_dflash.compat.capture_sizes import most_requests
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.ownership import TreeShape, claim, draft_tree, drafts_here, plan_drafting_slots
 from vllm_dflash.compat.refusals import refuse_unsupported
@@ -84,9 +85,10 @@ def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmCon
     from vllm.engine.arg_utils import EngineArgs
 
     vllm_config: VllmConfig = patching.original(EngineArgs, "create_engine_config")(self, *args, **kwargs)
-    for problem in misplaced_options(self.additional_config, is_ours=drafts_here(vllm_config)):
+    is_ours = drafts_here(vllm_config)
+    for problem in misplaced_options(self.additional_config, is_ours):
         logger.warning("vllm_dflash: %s", problem)
-    if not drafts_here(vllm_config):
+    if not is_ours:
         return vllm_config
     refuse_unsupported(vllm_config)
     arrange_check(vllm_config.parallel_config)
@@ -106,8 +108,8 @@ def _prepare_for_trees(vllm_config: VllmConfig, shape: TreeShape) -> None:
         )
     scheduler = vllm_config.scheduler_config
     # The adapter has memory of its own for blocks. What a forward over them takes is profiled for a full step's rows.
-    all_blocks = scheduler.max_num_seqs * (1 + shape.num_depths)
-    plan_drafting_slots(vllm_config, 0 if all_blocks <= scheduler.max_num_batched_tokens else shape.num_depths)
+    all_fit = most_requests(scheduler, 1 + shape.num_depths) == scheduler.max_num_seqs
+    plan_drafting_slots(vllm_config, 0 if all_fit else shape.num_depths)
     if shape.is_auto:
         if vllm_config.lora_config is not None:
             raise ValueError('--additional-config\'s "dflash": "tree" = "auto" does not go together with --enable-lora')

@@ -23,8 +23,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_dflash.compat.capture_sizes import most_requests
 from vllm_dflash.compat.draft_attention import DraftAttention
-from vllm_dflash.compat.draft_graphs import DraftGraphs, most_blocks
+from vllm_dflash.compat.draft_graphs import DraftGraphs
 from vllm_dflash.compat.draft_loading import announce, load_draft_model
 from vllm_dflash.compat.metrics.fallbacks import Fallback
 from vllm_dflash.compat.metrics.meter import StepMeter
@@ -61,7 +62,7 @@ class V2Adapter(DraftModelSpeculator):
             self.enable_adaptive_verification: Any = self.budget  # what the runner takes it from
         # Also the rows that are read of a verification: of a tree, a way down.
         self.num_query_per_req = 1 + (shape.num_depths if shape else self.num_speculative_steps)
-        self.most_blocks = most_blocks(vllm_config.scheduler_config, self.num_query_per_req)
+        self.most_blocks = most_requests(vllm_config.scheduler_config, self.num_query_per_req)
         self.graphs: DraftGraphs | None = None
         self.features: torch.Tensor | None = None  # [context rows of the largest graph, F*H]
         self.backlog: ContextBacklog | None = None  # where steps may do without drafts

@@ -22,13 +22,14 @@ from vllm_dflash.hf.attention import grouped_heads
 from vllm_dflash.hf.budget import RoundCosts
 from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.graphs import Workspace, WorkspaceKey, padded_slots
-from vllm_dflash.hf.options import AUTO, Options, check_batch, check_calibration
+from vllm_dflash.hf.options import Options, check_batch, check_calibration
 from vllm_dflash.hf.processors import ProcessedChoice
 from vllm_dflash.hf.prompts import Prompts, check_pair, read_prompts
 from vllm_dflash.hf.round import Round
 from vllm_dflash.hf.sequences import Said, Sequences, padding_id
 from vllm_dflash.hf.state import RoundState, Window
 from vllm_dflash.hf.verification import check_attention
+from vllm_dflash.options import AUTO
 
 if TYPE_CHECKING:
     from vllm_dflash.hf.modeling import DFlashDraftModel

@@ -14,8 +14,8 @@ from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.drafting import DraftRule
 from vllm_dflash.hf.sequences import Limits
+from vllm_dflash.options import AUTO, is_count
 
-AUTO = "auto"
 #: Each node sees each other one, or not: wider trees take seconds a round to lay out.
 _MOST_NODES = 1024
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
@@ -36,7 +36,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the argument and the values seen."""
-        if not _is_budget(self.tree_budget):
+        if self.tree_budget not in (None, AUTO) and not is_count(self.tree_budget, _MOST_NODES):
             raise ValueError(
                 f"tree_budget must be None, 'auto' or a number of nodes from 1 to {_MOST_NODES}, "
                 f"found {self.tree_budget!r}"
@@ -77,12 +77,6 @@ class Options:
             return DraftRule(num_nodes, self.sampling, False, calibrates)
         greedy = self.sampling.is_greedy or self.logits_processor or self.draft_sample_method == "greedy"
         return DraftRule(None, self.sampling, not greedy, calibrates)
-
-
-def _is_budget(budget: object) -> bool:
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        return 1 <= budget <= _MOST_NODES
-    return budget is None or budget == AUTO
 
 
 def check_batch(

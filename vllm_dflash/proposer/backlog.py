@@ -44,6 +44,7 @@ class ContextBacklog:
         self._inject = inject
         self._max_steps = _MAX_STEPS if smallest_window is None else min(_MAX_STEPS, smallest_window - 1)
         self._max_rows = max_rows = min(_MAX_ROWS, max_rows)
+        self._most_reqs = min(_MOST_REQS, max_rows)
         self._features = torch.zeros(max_rows, width, dtype=dtype, device=device)
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._slots = torch.full((num_groups, max_rows), PADDING_SLOT, dtype=torch.int64, device=device)
@@ -52,8 +53,7 @@ class ContextBacklog:
 
     def keep(self, tapped: TappedStates, rows: ContextRows, num_reqs: int) -> bool:
         """Keep a step's rows. False: it is no step to be kept, and what is kept has to be injected."""
-        most_reqs = min(_MOST_REQS, self._max_rows)
-        if tapped.num_rows != num_reqs or num_reqs > most_reqs or self._max_steps < 2:
+        if tapped.num_rows != num_reqs or num_reqs > self._most_reqs or self._max_steps < 2:
             return False
         if self._num_steps == self._max_steps or self._num_rows + num_reqs > self._max_rows:
             self.inject()

@@ -75,12 +75,12 @@ class CostProfile:
                 drafts[sample.num_reqs].append(sample.drafter_ms)
         trees_ms = self._trees_ms(forwards, medians[len(self.planned) :])
         verify = sorted(
-            (rows, ms - (trees_ms[min(rows, self.max_num_reqs)] if rows <= self.largest else 0.0))
+            (rows, ms - (trees_ms[self._num_reqs(rows)] if rows <= self.largest else 0.0))
             for (rows, context), ms in forwards.items()
             if context == 0
         )
         slopes = [
-            (ms - forwards[rows, self.context]) / (min(rows, self.max_num_reqs) * (self.long_context - self.context))
+            (ms - forwards[rows, self.context]) / (self._num_reqs(rows) * (self.long_context - self.context))
             for (rows, context), ms in forwards.items()
             if context > self.context
         ]
@@ -94,13 +94,17 @@ class CostProfile:
             trees_ms=trees_ms,
         )
 
+    def _num_reqs(self, rows: int) -> int:
+        """Of a made-up step."""
+        return min(rows, self.max_num_reqs)
+
     def _attention_ms(
         self,
         forwards: Mapping[tuple[int, int], float],  # by rows and context
     ) -> np.ndarray:
         """[requests + 1]: what reading the made-up context adds."""
         of_sizes = ((rows, ms) for (rows, context), ms in sorted(forwards.items()) if context == self.context > 0)
-        return self._by_requests([(min(rows, self.max_num_reqs), ms - forwards[rows, 0]) for rows, ms in of_sizes])
+        return self._by_requests([(self._num_reqs(rows), ms - forwards[rows, 0]) for rows, ms in of_sizes])
 
     def _trees_ms(
         self,
