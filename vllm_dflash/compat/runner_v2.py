@@ -187,7 +187,8 @@ class V2Adapter(DraftModelSpeculator):
         num_reqs, num_rows = input_batch.num_reqs, input_batch.num_tokens
         if skip_attn_for_dummy_run:
             return self._profile(aux_hidden_states, num_reqs, num_rows)
-        if self._needs_logits:
+        drafts = num_speculative_tokens != 0 and (self.budget is None or dummy_run or self.budget.drafts)
+        if drafts and self._needs_logits:
             self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run)
         step = StepInputs(
             features=last_hidden_states,  # not read: the tapped states are side by side only where they are used
@@ -211,7 +212,6 @@ class V2Adapter(DraftModelSpeculator):
         self.staged.write(step, max_query_len, num_reqs_padded, max(tapped.num_rows, in_graph))
         if dummy_run:
             self.staged.write_nothing()
-        drafts = num_speculative_tokens != 0 and (self.budget is None or dummy_run or self.budget.drafts)
         if not drafts:
             self._inject_later(tapped, num_reqs)
             self.draft_tokens[:num_reqs].zero_()  # they may be verified as candidates that nobody drafted
