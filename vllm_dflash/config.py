@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.whole_numbers import is_whole
+
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 
@@ -221,7 +223,7 @@ def _are_layer_ids(ids: Any, first: int) -> bool:
     return (
         isinstance(ids, list | tuple)
         and bool(ids)
-        and all(isinstance(i, int) and not isinstance(i, bool) and i >= first for i in ids)
+        and all(is_whole(i, first) for i in ids)
         and list(ids) == sorted(set(ids))
     )
 
@@ -274,7 +276,7 @@ class _Parser:
     def _positive(self, key: str, default: int | None = None) -> int:
         value = self.flat.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value):
             raise self._error(key, f"must be a positive integer, found {value!r}")
         return value
 
@@ -287,7 +289,7 @@ class _Parser:
     def _block_size(self) -> int:
         key = "block_size"
         value = self.flat.get(key, self.dflash.get(key))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+        if not is_whole(value, 2):
             raise self._error(key, f"must be an integer >= 2 (anchor + at least one mask), found {value!r}")
         return value
 
@@ -296,7 +298,7 @@ class _Parser:
         value = self.dflash.get("mask_token_id", self.flat.get("mask_token_id"))
         if value is None:
             raise self._error(key, "is missing: without the id the drafter was trained with, nothing is accepted")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        if not is_whole(value, 0, vocab_size - 1):
             raise self._error(key, f"= {value!r} is not a token id below vocab_size = {vocab_size}")
         return value
 
@@ -350,7 +352,7 @@ class _Parser:
 
     def _sliding_window(self) -> int:
         window = self.dflash.get("swa_window_size", self.flat.get("sliding_window"))
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        if not is_whole(window):
             raise self._error("sliding_window", f"must be a positive integer for sliding layers, found {window!r}")
         if "swa_window_size" not in self.dflash and self.flat.get("use_sliding_window") is False:
             raise self._error("use_sliding_window", f"= false contradicts layer_types with sliding_window = {window}")

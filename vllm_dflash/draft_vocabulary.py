@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from vllm_dflash.whole_numbers import is_whole
+
 #: Text -> token ids.
 Encode = Callable[[str], Iterable[int]]
 _OPTION = '--additional-config\'s "dflash": "draft_vocab_size"'
@@ -59,7 +61,7 @@ def _ranked(file: Path, vocab_size: int, encode: Callable[[], Encode]) -> Iterat
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text: {error}") from error
     for token in tokens:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+        if not is_whole(token, 0, vocab_size - 1):
             raise ValueError(f"{file}: token id {token!r} is not in the target's vocabulary of {vocab_size}")
     yield from tokens
 

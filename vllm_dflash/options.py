@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from vllm_dflash.whole_numbers import is_whole
 
 #: A wider tree costs more than a step of a large model does.
 MAX_NODES = 127
@@ -37,17 +38,17 @@ class DFlashOptions:
         """Raise ValueError naming the key and the value."""
         if self.draft_weights not in (None, "fp8"):
             raise ValueError(f'{_FLAG}: "draft_weights" must be "fp8" or absent, found {self.draft_weights!r}')
-        if self.tree not in (None, AUTO) and not is_count(self.tree, MAX_NODES):
+        if self.tree not in (None, AUTO) and not is_whole(self.tree, most=MAX_NODES):
             raise ValueError(
                 f'{_FLAG}: "tree" must be "auto" or a number of nodes from 1 to {MAX_NODES}, found {self.tree!r}'
             )
-        if self.prefill_schedule_interval not in (None, AUTO) and not is_count(self.prefill_schedule_interval):
+        if self.prefill_schedule_interval not in (None, AUTO) and not is_whole(self.prefill_schedule_interval):
             raise ValueError(
                 f'{_FLAG}: "prefill_schedule_interval" must be "auto" or a positive integer, '
                 f"found {self.prefill_schedule_interval!r}"
             )
         size = self.draft_vocab_size
-        if size is not None and not is_count(size):
+        if size is not None and not is_whole(size):
             raise ValueError(f'{_FLAG}: "draft_vocab_size" must be a positive integer, found {size!r}')
         if self.draft_vocab_file is None:
             return
@@ -92,8 +93,3 @@ def misplaced_options(additional_config: object, is_ours: bool) -> Iterator[str]
 
 def _known_keys() -> set[str]:
     return {field.name for field in fields(DFlashOptions)}
-
-
-def is_count(value: object, most: float = math.inf) -> bool:
-    """Whether that is a whole number from 1 to `most`, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vllm_dflash.checkpoint import check_tensors, read_tensor_shapes
 from vllm_dflash.config import DFlashConfig
 from vllm_dflash.options import AUTO, MAX_NODES, DFlashOptions
+from vllm_dflash.whole_numbers import is_whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def resolve_num_speculative_tokens(config: DFlashConfig, requested: int | None) 
     """
     if requested is None:
         return config.num_speculative_tokens
-    if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
+    if not is_whole(requested):
         raise ValueError(
             f'--speculative-config\'s "num_speculative_tokens" must be a positive integer, found {requested!r}'
         )

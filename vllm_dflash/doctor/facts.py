@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_dflash.config import ConfigKeyError, DFlashConfig
 from vllm_dflash.engine_facts import EngineFacts
+from vllm_dflash.whole_numbers import is_whole
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Target:
     def number(self, key: str) -> int | None:
         """A positive integer of the decoder's config; None where it is missing or something else."""
         value = self.text.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+        return value if is_whole(value) else None
 
 
 @dataclass(frozen=True)

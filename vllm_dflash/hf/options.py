@@ -14,7 +14,8 @@ from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.drafting import DraftRule
 from vllm_dflash.hf.sequences import Limits
-from vllm_dflash.options import AUTO, is_count
+from vllm_dflash.options import AUTO
+from vllm_dflash.whole_numbers import is_whole
 
 #: Each node sees each other one, or not: wider trees take seconds a round to lay out.
 _MOST_NODES = 1024
@@ -36,7 +37,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the argument and the values seen."""
-        if self.tree_budget not in (None, AUTO) and not is_count(self.tree_budget, _MOST_NODES):
+        if self.tree_budget not in (None, AUTO) and not is_whole(self.tree_budget, most=_MOST_NODES):
             raise ValueError(
                 f"tree_budget must be None, 'auto' or a number of nodes from 1 to {_MOST_NODES}, "
                 f"found {self.tree_budget!r}"
