@@ -21,10 +21,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("num_splits", [0, 32])
 def test_as_texts(device: str, num_splits: int, sinks: bool) -> None:
-    """A request without candidates is the prefix's last row; one of padding has no prefix."""
+    """A request without candidates is the prefix's last row; padding and a text's first row have no prefix."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    step = Step([700, 33, 1, 5], [16, 0, 9, 12], (8, 2), 64, torch.bfloat16, device, sinks)
+    step = Step([700, 33, 1, 5, 0], [16, 0, 9, 12, 4], (8, 2), 64, torch.bfloat16, device, sinks)
     verified, out = step.verified, torch.full_like(step.query, -7.0)
     counts = torch.tensor([max(count, 1) for count in step.num_rows] + [0], device=device)
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
@@ -37,7 +37,8 @@ def test_as_texts(device: str, num_splits: int, sinks: bool) -> None:
     )  # fmt: skip
     words = packed_mask(step.ancestors.flip(0)).to(device)
     rows = (verified.state_rows, verified.first_rows - 1, verified.num_rows)
-    merge_tree_attention(out[1:], lse, step.query[1:], step.key[1:], step.value[1:], words, *rows, step.scale)
+    states = (step.query[1:], step.key[1:], step.value[1:])
+    merge_tree_attention(out[1:], lse, *states, words, *rows, step.scale, sinks=step.sinks)
     for request, start in enumerate(step.starts):
         wanted = step.expected(request, window=1 << 20)
         torch.testing.assert_close(out[start : start + len(wanted)].float(), wanted, rtol=2e-2, atol=2e-2)

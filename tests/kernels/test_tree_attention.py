@@ -49,6 +49,7 @@ class Step:
             torch.randn(7, heads[1], head_dim, device=device).to(dtype) for _ in range(2)
         )
         self.group, self.scale = heads[0] // heads[1], head_dim**-0.5
+        self.sinks: torch.Tensor | None = None
 
     def rows(self, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> torch.Tensor:
         wide = torch.randn(self.num_tokens, heads, head_dim + 8, device=device)  # as views of a fused projection are
@@ -93,7 +94,9 @@ class Step:
         words[order] = packed_mask(ancestors)
         state_rows = torch.tensor(order, dtype=torch.int32, device=ancestors.device)
         rows = (state_rows, self.first_rows, self.num_rows)
-        merge_tree_attention(out, lse, self.query, self.key, self.value, words, *rows, self.scale, max_rows, tile)
+        merge_tree_attention(
+            out, lse, self.query, self.key, self.value, words, *rows, self.scale, max_rows, tile, self.sinks
+        )
 
 
 def check(step: Step, ancestors: torch.Tensor, dtype: torch.dtype, tile: Tile | None = None) -> None:
@@ -168,14 +171,24 @@ def test_random_trees(num_rows: list[int], group: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("nothing", [float("inf"), float("-inf")])
-def test_no_prefix(device: str, nothing: float) -> None:
-    """An attention kernel without keys leaves anything in its output, and an infinite log-sum-exp of either sign."""
+@pytest.mark.parametrize("sinks", [None, [0.5, -1.0]], ids=["no sinks", "sinks"])
+def test_no_prefix(device: str, nothing: float, sinks: list[float] | None) -> None:
+    """An attention kernel without keys leaves anything in its output, and an infinite log-sum-exp of either sign.
+
+    A sink is then still seen: its share goes to no value.
+    """
     step = Step([5], (2, 1), 16, torch.float32, device)
     ancestors = random_masks(1, 4, seed=3).to(device)
     step.prefix_keys, step.prefix_values = step.prefix_keys[:0], step.prefix_values[:0]
     out = torch.full_like(step.query, math.nan)
+    wanted = step.whole(0, ancestors)
+    step.sinks = None if sinks is None else torch.tensor(sinks, device=device)
+    if step.sinks is not None:
+        scores = step.scores(step.query[step.is_row], step.key[step.is_row])  # [heads, rows, keys]
+        in_tree = scores.masked_fill(~ancestors[0], float("-inf")).exp().sum(dim=2)
+        wanted = wanted * (in_tree / (in_tree + step.sinks.exp()[:, None])).t()[:, :, None]
     step.merge(out, torch.full((2, step.num_tokens), nothing, device=device), ancestors)
-    torch.testing.assert_close(out[step.is_row], step.whole(0, ancestors), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[step.is_row], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_by_hand(device: str) -> None:

@@ -11,10 +11,14 @@ import pytest
 
 pytest.importorskip("vllm")
 import torch
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_dflash.compat.ownership import TreeShape
+from vllm_dflash.compat.trees.attention import use_tree_attention
 from vllm_dflash.compat.trees.attention_cpu import visible_slots
 from vllm_dflash.compat.trees.model_state import TreeModelState, depends_on_path
 from vllm_dflash.compat.trees.sampler import TreeSampler
@@ -50,6 +54,32 @@ def test_a_row_taken_over_holds_no_tree() -> None:
     trees.trees.is_node[1:3] = True
     trees.forget_earlier_owners()
     assert trees.trees.is_node[1:].all(), "once"
+
+
+@pytest.mark.parametrize(
+    ("is_prefilling", "kept"), [([False] * 3, [3, 3, 3, 3]), ([False, True, True], [3, 0, 3, 0])], ids=["none", "two"]
+)
+def test_what_follows_a_prompt_teaches_nothing(
+    is_prefilling: list[bool], kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row's distributions are an earlier owner's, or those after an earlier piece of the prompt."""
+    trees = store()
+
+    def walk(*_: Any) -> str:  # of everyone
+        trees.seen.num_said.fill_(3)
+        return "verified"
+
+    monkeypatch.setattr(RejectionSampler, "_verify_in_chunks", walk)
+    sampler = TreeSampler.__new__(TreeSampler)
+    sampler.trees = trees
+    step = SimpleNamespace(
+        has_prefill=any(is_prefilling),
+        is_prefilling_np=np.array(is_prefilling),
+        idx_mapping_np=np.array([2, 3, 1]),
+        logits_indices=torch.arange(3),
+    )
+    assert sampler._verify_in_chunks(torch.zeros(3, 1), step, None, torch.zeros(3), torch.zeros(3)) == "verified"
+    assert trees.seen.num_said.tolist() == kept
 
 
 def test_what_layers_share_is_made_once_a_step() -> None:
@@ -100,7 +130,17 @@ def test_a_window_counts_positions() -> None:
     assert visible.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
-# Requests that cannot have trees.
+# Targets and requests that cannot have trees.
+
+
+@pytest.mark.parametrize("kind", [ChunkedLocalAttention, MLAAttention])
+def test_layers_of_other_kinds_are_refused(kind: type[torch.nn.Module]) -> None:
+    """Chunks have metadata of their own for the same implementation, latents no keys: neither is taken for a text's."""
+    layer = kind.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    target = torch.nn.ModuleDict({"mlp": torch.nn.Linear(1, 1), "attn": layer})
+    with pytest.raises(ValueError, match=rf'"tree" is not available with {kind.__name__}, which attn is: leave it out'):
+        use_tree_attention(target, store())
 
 
 @pytest.mark.parametrize(

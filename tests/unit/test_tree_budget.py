@@ -44,6 +44,7 @@ def made_budget(verify_ms: list[float], draft_ms: float = 0.1) -> TreeBudget:
     made.begin(states, torch.zeros(3, dtype=torch.int32), 1, max_total_logits=100)
     table = np.array(verify_ms)
     made.costs = StepCosts(table, np.full(3, draft_ms))
+    made._overhead = Overhead(overlaps=False, clock=lambda: 0.0)  # no step takes longer than its parts
     made._store = OfSteps()
     made._store.trees = SimpleNamespace(probs=torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.5, 0.4, 0.3, 0.1]]))
     return made
@@ -72,7 +73,9 @@ def step(budget: TreeBudget, drafts: dict[str, int], others: dict[str, int] | No
     """One step of the runner's: how many nodes are verified."""
     others = others or dict.fromkeys(drafts, 1)
     planned = {name: others[name] + count for name, count in drafts.items()}
-    rows = budget.get_num_tokens(planned, {name: [-1] * count for name, count in drafts.items() if count})
+    draft_tokens = {name: [-1] * count for name, count in drafts.items() if count}
+    # The runner asks only where something was planned.
+    rows = budget.get_num_tokens(planned, draft_tokens) if draft_tokens else sum(others.values())
     state_rows = np.array([{"a": 1, "b": 0}[name] for name in drafts])
     budget.record_confidences(torch.empty(0), SimpleNamespace(idx_mapping_np=state_rows))
     return rows - sum(others.values())
@@ -142,7 +145,8 @@ def test_nothing_is_verified_that_was_not_drafted(one_rank: None, monkeypatch: p
     for draft_ms, probe_steps in ((50.0, 1024), (1.0, 400), (0.25, 100), (0.05, 48)):
         budget = made_budget([1.0] * 12, draft_ms)
         monkeypatch.setattr(budget._gain, "pays", lambda choice, is_new: False)
-        assert step(budget, {"a": 0, "b": 0}) == 0 and not budget.drafts
+        step(budget, {"a": 0, "b": 0})
+        assert step(budget, {"a": 4, "b": 4}) == 8 and not budget.drafts  # what the prompts' step drafted
         verified = [step(budget, {"a": 4, "b": 4}) for _ in range(2 * probe_steps)]
         assert [place for place, count in enumerate(verified) if count] == [probe_steps - 1, 2 * probe_steps - 1]
         assert verified[probe_steps - 1] == 8
@@ -154,10 +158,10 @@ def test_what_does_not_pay_is_not_looked_at_for_some_steps(one_rank: None, monke
     decisions, decide = [], budget._decide
     monkeypatch.setattr(budget, "_decide", lambda *given: (decisions.append(budget._num_without), decide(*given))[1])
     step(budget, {"a": 0, "b": 0})
-    for _ in range(PROBE_STEPS + 2):
+    for _ in range(PROBE_STEPS + 3):
         step(budget, {"a": 4, "b": 4})
-    # Every sixteen steps; the probe, and the step that verifies it.
-    assert decisions == [0, 16, 32, 48, 49, 0]
+    # The first drafts no more, as the second knows. Then every sixteen steps; the probe, and what verifies it.
+    assert decisions == [0, 1, 17, 33, 49, 0]
     step(budget, {"a": 4})  # fewer requests may pay
     step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 5})
     assert len(decisions) == 8
@@ -310,11 +314,11 @@ def test_what_steps_take_beyond_their_parts() -> None:
     times = iter([0.0, 0.010, 0.022, 1.022, 1.030])
     overhead = Overhead(overlaps=False, clock=lambda: next(times))
     for gpu_ms, drafts in ((4.0, True), (5.0, True), (5.0, True), (6.0, False)):
-        overhead.begin_step()
+        overhead.begin_step(2)
         overhead.note(gpu_ms, drafts)
-    overhead.begin_step()
+    overhead.begin_step(2)
     # 10 - 4, 12 - 5, and a pause of 995 that the median leaves out; 8 - 6 without drafting.
-    assert overhead.ms() == (pytest.approx((2.0, 7.0)), (0.0, 0.0))
+    assert overhead.ms(2) == (pytest.approx((2.0, 7.0)), (0.0, 0.0))
 
 
 def test_where_the_host_sets_the_pace() -> None:
@@ -322,11 +326,11 @@ def test_where_the_host_sets_the_pace() -> None:
     times = iter([0.0, 0.010, 0.022, 0.030])
     overhead = Overhead(overlaps=True, clock=lambda: next(times))
     for drafts in (True, True, False):
-        overhead.begin_step()
+        overhead.begin_step(2)
         overhead.waited(0.0)
         overhead.note(4.0, drafts)
-    overhead.begin_step()
-    assert overhead.ms() == ((0.0, 0.0), pytest.approx((8.0, 11.0)))
+    overhead.begin_step(2)
+    assert overhead.ms(2) == ((0.0, 0.0), pytest.approx((8.0, 11.0)))
 
 
 def test_where_the_device_sets_the_pace() -> None:
@@ -334,12 +338,12 @@ def test_where_the_device_sets_the_pace() -> None:
     times = iter([0.0, 0.010, 0.022, 0.036])
     overhead = Overhead(overlaps=True, clock=lambda: next(times))
     for gpu_ms, drafts, waited_ms in ((9.0, True, 0.0), (7.0, True, 5.0), (99.0, False, 6.0)):
-        overhead.begin_step()
+        overhead.begin_step(2)
         overhead.waited(waited_ms)
         overhead.note(gpu_ms, drafts)
-    overhead.begin_step()
+    overhead.begin_step(2)
     # The device: 12 - 9, 14 - 7. The host: 10 and 12 - 5 with drafting, 14 - 6 without.
-    assert overhead.ms() == (pytest.approx((5.0, 5.0)), pytest.approx((8.0, 8.5)))
+    assert overhead.ms(2) == (pytest.approx((5.0, 5.0)), pytest.approx((8.0, 8.5)))
 
 
 def test_steps_in_which_nobody_looked_at_the_device_do_not_count() -> None:
@@ -347,21 +351,60 @@ def test_steps_in_which_nobody_looked_at_the_device_do_not_count() -> None:
     times = iter([0.0, 0.010, 0.040])
     overhead = Overhead(overlaps=True, clock=lambda: next(times))
     for waited_ms in (0.0, None):
-        overhead.begin_step()
+        overhead.begin_step(2)
         overhead.waited(waited_ms)
         overhead.note(4.0, True)
-    overhead.begin_step()
-    assert overhead.ms() == ((0.0, 0.0), pytest.approx((10.0, 10.0)))
+    overhead.begin_step(2)
+    assert overhead.ms(2) == ((0.0, 0.0), pytest.approx((10.0, 10.0)))
 
 
 def test_steps_that_nobody_noted_do_not_count() -> None:
     times = iter([0.0, 0.5, 0.51])
     overhead = Overhead(overlaps=False, clock=lambda: next(times))
-    overhead.begin_step()  # a prompt
-    overhead.begin_step()
+    overhead.begin_step(2)  # a prompt
+    overhead.begin_step(2)
     overhead.note(8.0, True)
-    overhead.begin_step()
-    assert overhead.ms()[0] == pytest.approx((2.0, 2.0))  # without drafting nothing was seen: as with it
+    overhead.begin_step(2)
+    assert overhead.ms(2)[0] == pytest.approx((2.0, 2.0))  # without drafting nothing was seen: as with it
+
+
+def test_overheads_are_those_of_about_as_many_requests() -> None:
+    clock = iter([0.0, 0.020, 0.023, 0.123])
+    overhead = Overhead(overlaps=False, clock=lambda: next(clock))
+    for num_reqs, gpu_ms in ((255, 5.0), (1, 2.0), (128, 100.0)):
+        overhead.begin_step(num_reqs)
+        overhead.note(gpu_ms, drafts=True)
+    overhead.begin_step(1)
+    # 20 - 5 and 100 - 100 of the large ones, 3 - 2 of the small one.
+    assert [overhead.ms(num_reqs)[0] for num_reqs in (128, 255, 1)] == [pytest.approx((x, x)) for x in (7.5, 7.5, 1.0)]
+    assert overhead.ms(64) == overhead.ms(256) == overhead.ms(2) == ((0.0, 0.0), (0.0, 0.0))
+
+
+def seen_after(steps: list[tuple[str, int, float, float]]) -> Any:
+    """Overheads of one request's steps that the table says take 2 ms.
+
+    Each: whose it is, nodes planned (0: it is a prompt's), milliseconds to the next one, and of these the host's wait.
+    """
+    budget, now = made_budget([2.0] * 12), [0.0]
+    budget._overhead = Overhead(overlaps=True, clock=lambda: now[0])
+    for name, num_nodes, ms, waited_ms in steps:
+        budget._likelihoods.read = lambda waited_ms=waited_ms: waited_ms  # type: ignore[method-assign]
+        step(budget, {name: num_nodes})
+        now[0] += ms / 1e3
+    return budget._overhead.ms(1)
+
+
+def test_prompts_alone_are_no_overhead(one_rank: None) -> None:
+    """The runner asks nothing of such a step, which the next verification waits for."""
+    steps = [("b", 0, 3.0, 0.0), ("a", 4, 93.0, 90.0), ("a", 4, 3.0, 0.0)]
+    assert seen_after(5 * steps) == ((0.0, 0.0), pytest.approx((3.0, 3.0)))
+
+
+def test_pauses_are_no_overhead(one_rank: None) -> None:
+    """Requests that come after ten minutes each, of prompts that are cached but for one token, for two steps."""
+    steps = [(name, 4, ms, 0.0) for name in ("a", "b") for ms in (3.0, 600e3)]
+    assert seen_after(5 * steps) == ((0.0, 0.0), pytest.approx((3.0, 3.0)))
+    assert seen_after(5 * steps[1::2]) == ((0.0, 0.0), (0.0, 0.0))
 
 
 # Costs.

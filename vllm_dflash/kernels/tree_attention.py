@@ -60,6 +60,7 @@ def merge_tree_attention(
     scale: float,
     max_rows: int | None = None,  # of any request; None: 1 + N
     tile: Tile | None = None,
+    sinks: torch.Tensor | None = None,  # [heads]; a score of each head without a value, which a prefix's lse has in it
 ) -> None:
     """Add the trees to the attention of their rows. Other rows are not touched."""
     num_requests, (_, row_stride, num_words) = len(state_rows), ancestor_words.shape
@@ -82,6 +83,7 @@ def merge_tree_attention(
         state_rows,
         first_rows,
         num_rows,
+        query if sinks is None else sinks,
         scale,
         out.stride(0),
         out.stride(1),
@@ -93,6 +95,7 @@ def merge_tree_attention(
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        HAS_SINKS=sinks is not None,
         GROUP=group,
         WORD_ROWS=row_stride,
         WORDS=num_words,
@@ -169,6 +172,7 @@ def _merge_tree_attention_kernel(
     state_rows_ptr,  # [R]
     first_rows_ptr,  # [R]
     num_rows_ptr,  # [R]
+    sinks_ptr,  # [heads]; read only if HAS_SINKS
     scale,
     out_row_stride,
     out_head_stride,
@@ -180,6 +184,7 @@ def _merge_tree_attention_kernel(
     key_head_stride,
     value_row_stride,
     value_head_stride,
+    HAS_SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     WORD_ROWS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -213,7 +218,11 @@ def _merge_tree_attention_kernel(
     pointers = out_ptr + (first + rows)[:, None] * out_row_stride + heads[:, None] * out_head_stride + columns[None, :]
     prefix = tl.load(pointers, mask=in_query, other=0.0)
     lse = tl.load(lse_ptr + heads * lse_head_stride + (first + rows) * lse_row_stride, mask=is_row, other=0.0)
-    lse = tl.where(lse == float("inf"), float("-inf"), lse)
+    has_prefix = tl.abs(lse) != float("inf")
+    without = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        without = tl.load(sinks_ptr + heads, mask=is_row, other=0.0).to(tl.float32)
+    lse = tl.where(has_prefix, lse, without)
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
@@ -240,7 +249,7 @@ def _merge_tree_attention_kernel(
     highest = tl.where(is_row, highest, 0.0)
     of_prefix = tl.exp(lse - highest)
     of_tree = tl.exp(top - highest)
-    prefix = tl.where((of_prefix > 0)[:, None], prefix.to(tl.float32), 0.0)  # without a prefix it may be anything
+    prefix = tl.where(has_prefix[:, None], prefix.to(tl.float32), 0.0)  # without a prefix it may be anything
     merged = prefix * of_prefix[:, None] + sums * of_tree[:, None]
     merged = merged / tl.where(is_row, of_prefix + total * of_tree, 1.0)[:, None]
     tl.store(pointers, merged.to(out_ptr.dtype.element_ty), mask=in_query)
@@ -256,6 +265,7 @@ def reference_merge_tree_attention(
     first_rows: torch.Tensor,  # [R]
     num_rows: torch.Tensor,  # [R]
     scale: float,
+    sinks: torch.Tensor | None = None,  # [heads]
 ) -> None:
     """The same in plain torch, request by request, of a mask that is not packed."""
     group = query.shape[1] // key.shape[1]
@@ -269,7 +279,9 @@ def reference_merge_tree_attention(
         tree_lse = scores.logsumexp(dim=-1)  # [heads, rows]
         of_tree = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
         lse = prefix_lse[:, rows]
-        lse = torch.where(lse.isinf(), float("-inf"), lse)
+        has_prefix = lse.isfinite()  # [heads, rows]
+        without = lse.new_full((lse.shape[0],), float("-inf")) if sinks is None else sinks.float()
+        lse = torch.where(has_prefix, lse, without[:, None])
         share = (lse - torch.logaddexp(lse, tree_lse)).exp().t()[:, :, None]  # [rows, heads, 1]
-        prefix = torch.where(share > 0, out[rows].float(), 0.0)
+        prefix = torch.where(has_prefix.t()[:, :, None], out[rows].float(), 0.0)
         out[rows] = (prefix * share + of_tree * (1 - share)).to(out.dtype)

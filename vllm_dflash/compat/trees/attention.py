@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_dflash.compat.trees import FLAG
@@ -25,8 +26,11 @@ from vllm_dflash.kernels.tree_attention import merge_tree_attention
 def use_tree_attention(target: nn.Module, trees: TreeStore) -> None:
     """Let all of a target's layers verify trees. Raises ValueError for a layer that cannot."""
     for name, layer in target.named_modules():
-        if not isinstance(layer, Attention):
+        if not isinstance(layer, AttentionLayerBase):
             continue
+        # Other layers (of chunks, of latents) have other metadata for the same implementations, or ones of their own.
+        if type(layer) is not Attention:
+            raise ValueError(f"{FLAG} is not available with {type(layer).__name__}, which {name} is: leave it out")
         impl = layer.impl
         with_trees = _with_trees(impl)
         if with_trees is None:
@@ -83,4 +87,5 @@ def add_trees(
         *step.of_verifying,
         impl.scale,
         step.max_rows,
+        sinks=impl.sinks,
     )

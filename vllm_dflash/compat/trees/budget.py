@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,8 @@ class TreeBudget:
         self._likelihoods = HostLikelihoods(max_num_reqs, num_nodes, device)
         self._overhead = Overhead(overlaps=False)
         self._costs_in_force: StepCosts | None = None  # with the overheads seen last
+        self._requests: Set[str] = frozenset()  # of the step under way, or the last one
+        self._is_begun = False
         self._num_steps = self._num_without = 0
         self._gain, self._num_noted = DraftingGain(), 0
         self._settled: _Settled | None = None
@@ -118,11 +120,11 @@ class TreeBudget:
 
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Rows that the step runs, of those that were planned."""
-        self._overhead.begin_step()
-        costs = self._costs_now()
         planned = [len(draft_tokens.get(req_id, ())) for req_id in num_tokens_per_req]
         num_reqs, num_rows, self._num_planned = len(planned), sum(num_tokens_per_req.values()), sum(planned)
         self.num_reqs, num_others = num_reqs, num_rows - self._num_planned
+        self._begin_step(num_tokens_per_req)
+        costs = self._costs_now()
         if self._settled is not None and self._settled.holds(num_reqs, num_rows):
             context, self.drafts = self._settled.context, self._settled.drafts
             self._chosen = self._num_planned if self.drafts else 0
@@ -133,6 +135,14 @@ class TreeBudget:
         if num_others == num_reqs:
             self._overhead.note(costs.gpu_ms(num_rows, num_reqs, context, self.drafts), self.drafts)
         return num_rows
+
+    def _begin_step(self, num_tokens_per_req: dict[str, int]) -> None:
+        """The step before has ended, unless it is long ago: of no request that goes on."""
+        requests = num_tokens_per_req.keys()
+        if requests.isdisjoint(self._requests):
+            self._overhead.forget()
+        self._overhead.begin_step(self.num_reqs)
+        self._requests, self._is_begun = requests, True
 
     def _decide(
         self, num_tokens_per_req: dict[str, int], planned: list[int], num_others: int, costs: StepCosts
@@ -223,7 +233,12 @@ class TreeBudget:
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
         """The step has drafted, or not. Of settled steps only those at the end look at the device."""
-        self._overhead.waited(self._likelihoods.read())
+        waited_ms = self._likelihoods.read()
+        if self._is_begun:
+            self._overhead.waited(waited_ms)
+        else:  # of a step of prompts alone, of which the runner asks nothing
+            self._overhead.forget()
+        self._is_begun = False
         if self._settled is None or self._settled.ends_soon:
             if self.drafts:
                 self._likelihoods.copy(self._store.trees.probs, input_batch.idx_mapping_np)
@@ -242,7 +257,7 @@ class TreeBudget:
             self._meter.count(Fallback.ASSUMED_COSTS)
             self.costs = assumed_costs(self._req_states.max_num_batched_tokens, self._req_states.max_num_reqs)
         if self._costs_in_force is None or self._num_steps % _OVERHEAD_STEPS == 0:
-            overheads_ms, host_ms = get_tp_group().broadcast_object(self._overhead.ms(), src=0)
+            overheads_ms, host_ms = get_tp_group().broadcast_object(self._overhead.ms(self.num_reqs), src=0)
             self._costs_in_force = self.costs.with_overheads(overheads_ms, host_ms)
         self._num_steps += 1
         return self._costs_in_force

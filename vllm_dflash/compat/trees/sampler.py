@@ -47,7 +47,9 @@ class TreeSampler(RejectionSampler):
     ) -> Any:
         """vLLM's method over candidates that stand where their depth says."""
         pos = self.trees.rows.positions[input_batch.logits_indices]
-        return super()._verify_in_chunks(logits, input_batch, draft_logits, draft_sampled, pos, *options)
+        verified = super()._verify_in_chunks(logits, input_batch, draft_logits, draft_sampled, pos, *options)
+        self.trees.forget_what_follows_prompts(input_batch)
+        return verified
 
     def _verify(
         self,

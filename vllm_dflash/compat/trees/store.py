@@ -84,6 +84,13 @@ class TreeStore:
         self.as_chain[rows] = new[:, 1] != 0
         self._new.clear()
 
+    def forget_what_follows_prompts(self, batch: InputBatch) -> None:
+        """The target's tokens after a prompt, or a piece of one: what was drafted for its row was for another text."""
+        if not batch.has_prefill:
+            return
+        rows = batch.idx_mapping_np[batch.is_prefilling_np]
+        self.seen.num_said.index_fill_(0, async_tensor_h2d(rows, dtype=torch.int64, device=self.as_chain.device), 0)
+
     @contextmanager
     def without_candidates(self) -> Iterator[None]:
         """Steps begin that verify nothing, whatever is said of them."""
