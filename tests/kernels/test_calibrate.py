@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_dflash.hf.calibration import Calibration, Choices
-from vllm_dflash.kernels.calibrate import GREEDY, SAMPLED, Observations, calibrate
+from vllm_dflash.kernels.calibrate import GREEDY, MOST_INFORMATION, SAMPLED, Observations, calibrate
 
 DEPTHS, CHOICES = 3, 6
 
@@ -65,6 +65,25 @@ def test_a_token_that_was_no_choice_teaches_nothing(device: str) -> None:
     seen.said.fill_(99)
     calibrate(seen, torch.arange(4, device=device), torch.zeros(4, device=device))
     assert (seen.factors == 1).all()
+
+
+def test_a_token_that_cannot_be_drafted_teaches_nothing(device: str) -> None:
+    """A choice of logit -inf, where a vocabulary has too few tokens."""
+    seen = observations(4, device)
+    seen.num_said.fill_(DEPTHS)
+    seen.logits[..., -1] = float("-inf")
+    seen.said.copy_(seen.token_ids[..., -1])
+    calibrate(seen, torch.arange(4, device=device), torch.zeros(4, device=device))
+    assert (seen.factors == 1).all() and (seen.information == 0).all()
+
+
+def test_what_is_remembered_has_an_end(device: str) -> None:
+    """Traffic changes: what is new must still count."""
+    seen = observations(40, device)
+    seen.num_said.fill_(DEPTHS)
+    seen.information.fill_(MOST_INFORMATION)
+    calibrate(seen, torch.arange(40, device=device), torch.zeros(40, device=device))
+    assert (seen.information == MOST_INFORMATION).all() and (seen.factors[GREEDY] != 1).all()
 
 
 def test_an_over_confident_drafter(device: str) -> None:

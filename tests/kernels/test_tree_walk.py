@@ -62,6 +62,12 @@ def test_cut_trees_and_requests_without_any(device: str) -> None:
     assert rows == [0, 1, 3, 3]
 
 
+def test_the_next_request_s_root_is_no_candidate(device: str) -> None:
+    """Of 10, 11 and 20 the first two were scheduled; the next request's root is a 20."""
+    texts, _, _ = walked(device, [11, NOTHING, 20, 55], [NOTHING, 10, 11, 20], [0, 3, 4], [2, 0])
+    assert texts == [[11, 20], [55]]
+
+
 def test_a_token_that_must_not_be_accepted(device: str) -> None:
     said, tokens = [11, NOTHING, 21, NOTHING, 99, NOTHING], [NOTHING, 10, 11, 20, -1, 30]
     assert walked(device, said, tokens, [0, 6], [2])[0] == [[11, 21]]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.test_tree_attention import random_masks
 from vllm_dflash.kernels.tree_rows import VerifiedRows
+from vllm_dflash.kernels.window_tree_attention import _BLOCK_KEYS as BLOCK_KEYS
 from vllm_dflash.kernels.window_tree_attention import window_tree_attention
 from vllm_dflash.tree import packed_mask
 
@@ -113,6 +114,14 @@ def test_as_texts(device: str, window: int, sinks: bool, dtype: torch.dtype) -> 
     """Deep trees, a request without candidates, a prefix of one token and one of none, heads in groups."""
     step = Step([70, 33, 1, 5, 0], [16, 0, 9, 12, 4], (6, 2), 32, dtype, device, sinks)
     check(step, window, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("count", [0, 9], ids=["no candidates", "a tree"])
+def test_a_window_s_first_slot_is_a_block_s_last(device: str, count: int) -> None:
+    """Of a row without candidates, the prefix's last one, the window begins one slot before a root's."""
+    window = 20
+    step = Step([2 * BLOCK_KEYS - 1 + window], [count], (2, 1), 16, torch.float32, device, sinks=False)
+    check(step, window, 1e-5)
 
 
 @settings(max_examples=15, deadline=None)

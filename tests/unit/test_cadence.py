@@ -182,6 +182,19 @@ def test_a_fit_takes_apart_what_steps_and_those_before_them_cost() -> None:
     assert found.step_ms == pytest.approx(7 + 0.03 * 110)  # 1100 tokens in ten steps
 
 
+def test_tokens_do_not_make_steps_shorter() -> None:
+    """That they seem to is noise."""
+    tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
+    found = fitted(
+        deque(
+            StepSeen(7 + 5 * (now > 0) - 0.005 * now, now, before)
+            for before, now in zip([0, *tokens], tokens, strict=False)
+        )
+    )
+    assert found is not None
+    assert (found.step_ms, found.reading_ms) == (pytest.approx(7.0), pytest.approx(5.0))
+
+
 @pytest.mark.parametrize(
     "tokens",
     [

@@ -17,6 +17,7 @@ import torch
 from vllm_dflash.budget import StepCosts
 from vllm_dflash.compat.metrics.meter import StepMeter
 from vllm_dflash.compat.trees import budget as budget_module
+from vllm_dflash.compat.trees import costs as costs_module
 from vllm_dflash.compat.trees.budget import PROBE_STEPS, TreeBudget
 from vllm_dflash.compat.trees.costs import CostProfile, assumed_costs
 from vllm_dflash.compat.trees.likelihoods import HostLikelihoods
@@ -162,9 +163,27 @@ def test_what_does_not_pay_is_not_looked_at_for_some_steps(one_rank: None, monke
         step(budget, {"a": 4, "b": 4})
     # The first drafts no more, as the second knows. Then every sixteen steps; the probe, and what verifies it.
     assert decisions == [0, 1, 17, 33, 49, 0]
+    step(budget, {"a": 4, "b": 4})  # settles for some steps, of these two
     step(budget, {"a": 4})  # fewer requests may pay
     step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 5})
-    assert len(decisions) == 8
+    assert len(decisions) == 9
+
+
+def test_what_paid_in_between_is_not_counted(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts are so many steps apart, from when drafting last paid."""
+    budget, pays = made_budget([1.0] * 12, draft_ms=0.05), [True]
+    monkeypatch.setattr(budget._gain, "pays", lambda choice, is_new: pays[0])
+
+    def drafted(steps: int) -> list[bool]:
+        return [(step(budget, {"a": 4, "b": 4}), budget.drafts)[1] for _ in range(steps)]
+
+    step(budget, {"a": 0, "b": 0})
+    pays[0] = False
+    assert not any(drafted(20))
+    pays[0] = True
+    assert drafted(20)[-1]
+    pays[0] = False
+    assert drafted(PROBE_STEPS) == [False] * (PROBE_STEPS - 1) + [True]
 
 
 def test_prompts_in_the_batch(one_rank: None) -> None:
@@ -173,6 +192,15 @@ def test_prompts_in_the_batch(one_rank: None) -> None:
     step(budget, {"a": 0, "b": 0})
     budget._req_states.prefill_len.np[0] = 100
     assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 6}) == 1
+
+
+@pytest.mark.parametrize(("prefill_len", "verified"), [(10, 0), (11, 1)], ids=["ends", "goes on"])
+def test_a_prompt_that_ends_gains_a_token(one_rank: None, prefill_len: int, verified: int) -> None:
+    """Of "b" the rows 4 to 9 are read. One node takes 1.7 ms instead of 1.1: 3 tokens to 2, or 2 to 1."""
+    budget = made_budget([1.0] * 8 + [1.6] + [9.0] * 9)
+    step(budget, {"a": 0, "b": 0})
+    budget._req_states.prefill_len.np[0] = prefill_len
+    assert step(budget, {"a": 4, "b": 0}, others={"a": 1, "b": 6}) == verified
 
 
 def test_no_step_leaves_the_graphs_for_its_trees(one_rank: None) -> None:
@@ -195,6 +223,8 @@ def test_room_for_logits(one_rank: None) -> None:
     list(budget.batches_to_profile([20]))
     step(budget, {"a": 0, "b": 0})
     assert step(budget, {"a": 4, "b": 4}) == 3
+    budget._costs_in_force = budget.costs and budget.costs.with_overheads((0.0, 0.0), (99.0, 99.0))
+    assert [step(budget, {"a": 4, "b": 4}) for _ in range(3)] == [3] * 3, "also of what the host hides"
 
 
 def test_what_the_host_hides_stays_in_the_graphs(one_rank: None) -> None:
@@ -226,6 +256,30 @@ def test_ranks_agree_on_what_they_measure(monkeypatch: pytest.MonkeyPatch) -> No
     assert (budget._costs_now().overheads_ms, budget._costs_now().host_ms) == theirs
 
 
+def test_overheads_are_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([((1.0, 1.0), (0.0, 0.0)), ((3.0, 4.0), (5.0, 6.0))])
+    group = SimpleNamespace(world_size=2, broadcast_object=lambda given, src: next(seen))
+    monkeypatch.setattr(budget_module, "get_tp_group", lambda: group)
+    budget = made_budget([1.0] * 12)
+    assert [budget._costs_now().overheads_ms for _ in range(34)] == [(1.0, 1.0)] * 32 + [(3.0, 4.0)] * 2
+
+
+def test_a_new_table_is_in_force_at_once(one_rank: None) -> None:
+    budget = made_budget([1.0] * 12)
+    assert budget._costs_now().verify_ms[1] == 1.0
+    other = made_budget([2.0] * 12).costs
+    budget._profile = SimpleNamespace(planned=[(1, 0)], costs=lambda samples: other)  # type: ignore[assignment]
+    budget.set_initial_cost_curves([])
+    assert budget._costs_now().verify_ms[1] == 2.0
+
+
+def test_a_runner_that_begins_again_may_have_more_requests(one_rank: None) -> None:
+    budget = made_budget([1.0] * 12)
+    assert budget._bounds_of(1).tolist() == [0, 2, 4]
+    budget.begin(budget._req_states, torch.zeros(5, dtype=torch.int32), 1, max_total_logits=100)
+    assert budget._bounds_of(1).tolist() == [0, 2, 4, 6, 8]
+
+
 def test_where_the_host_s_plan_is_right(one_rank: None) -> None:
     """All nodes or none: the device has nothing to share out, and what the runner has written stands."""
     budget = made_budget([1.0] * 12)
@@ -247,6 +301,15 @@ def test_one_request_and_equal_ones_need_no_sharing(one_rank: None) -> None:
         req_ids = ["a", "b"][: len(planned)]
         bounds, _, count = budget.reallocate_drafts(req_ids, torch.arange(len(planned)))
         assert (bounds.tolist(), bounds.dtype, count) == (expected, torch.int32, chosen)
+
+
+def test_plans_of_an_even_sum_need_not_be_even(one_rank: None) -> None:
+    budget = made_budget([1.0] * 12)
+    budget._cu_num_logits = torch.zeros(4, dtype=torch.int32)
+    budget._num_planned = budget._chosen = 9
+    planned = np.array([3, 4, 2], dtype=np.int32)
+    budget.compact_batch(planned, planned + 1, np.array([0, 4, 9, 12], dtype=np.int32))
+    assert budget.reallocate_drafts(["a", "b", "c"], torch.arange(3))[0].tolist() == [0, 4, 9, 12]
 
 
 def test_what_the_host_hides_is_verified_for_some_steps(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +358,15 @@ def test_likelihoods_of_new_and_old_requests() -> None:
     assert known.of(np.array([0, 1])).tolist() == pytest.approx(probs[:2].double().numpy())
     known.expect_average(1)
     assert known.of(np.array([1]))[0].tolist() == pytest.approx([0.8, 0.3])
+
+
+def test_what_is_expected_follows_the_news_slowly() -> None:
+    """Every eighth ones make a quarter of it; the first make all."""
+    known = HostLikelihoods(1, 1, CPU)
+    for likelihood in [0.8, *[0.1] * 7, 0.4]:
+        known.copy(torch.tensor([[likelihood]]), np.array([0]))
+        known.read()
+    assert known.average.tolist() == pytest.approx([0.75 * 0.8 + 0.25 * 0.4])
 
 
 def test_a_new_request_is_not_taken_for_its_row_s_last_one() -> None:
@@ -533,6 +605,19 @@ def test_nothing_is_captured_whole(one_rank: None) -> None:
     budget.set_initial_cost_curves([])
     step(budget, {"a": 0, "b": 0})
     assert step(budget, {"a": 4, "b": 4}) == 8
+
+
+@pytest.mark.parametrize(
+    ("last_ms", "at_2048"), [(0.9, 1.0), (2.0, 2.0 + 1024 * (2.0 - 1.0) / 512)], ids=["noise", "more"]
+)
+def test_logits_of_more_rows_take_no_less(monkeypatch: pytest.MonkeyPatch, last_ms: float, at_2048: float) -> None:
+    """Beyond the last size as between the last two, unless these are noise."""
+    target = torch.nn.Linear(4, 4)
+    target.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4))  # type: ignore[assignment]
+    times = iter([0.5, 0.5, 0.6, 0.7, 0.8, 1.0, last_ms])  # of 1 to 1024 rows
+    monkeypatch.setattr(costs_module, "_gpu_ms", lambda run: next(times))
+    found = CostProfile(target, torch.float32, 2048, 4, 9999)._logits_ms()
+    assert found[[1, 512, 2048]].tolist() == pytest.approx([0.5, 1.0, at_2048])
 
 
 def test_steps_that_were_not_timed() -> None:
