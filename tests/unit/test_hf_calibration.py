@@ -12,13 +12,15 @@ pytest.importorskip("transformers")
 import torch
 
 from tests.helpers import drafter, target
-from vllm_dflash.calibration import PRIOR_INFORMATION
+from vllm_dflash.calibration import PRIOR_INFORMATION, SAMPLES_FROM
 from vllm_dflash.hf import SpecGenerateOutput
 from vllm_dflash.hf.calibration import Calibration, Choices
 from vllm_dflash.hf.choosing import Sampling
 from vllm_dflash.hf.drafting import Drafted, DraftRule, chosen
+from vllm_dflash.hf.options import Options
 from vllm_dflash.hf.rejection import reject
 from vllm_dflash.hf.round import learned
+from vllm_dflash.hf.sequences import Limits
 from vllm_dflash.tree import Walk, chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +136,24 @@ def test_a_greedy_call_learns_only_if_it_is_given_something_to_go_on_with() -> N
         output = draft.spec_generate(ids, model, 60, tree_budget=60, return_stats=True, calibration=calibration)
         assert isinstance(output, SpecGenerateOutput)
         assert bool((output.calibration.information > 0.0).any()) == learns
+
+
+@pytest.mark.parametrize(
+    ("temperature", "second"),
+    [(0.0, -8.0), (0.1, -8.0), (SAMPLES_FROM - 0.01, -8.0), (SAMPLES_FROM, -16.0), (1.0, -8.0)],
+)
+def test_trees_of_low_temperatures_are_those_of_zero(temperature: float, second: float) -> None:
+    """The first choice leads by 8. Divided by 0.1 only one way would be left: a second choice's log-probability -80."""
+    logits = torch.tensor([8.0, 0.0, -1.0, -2.0]).expand(1, 3, 4)
+    rule = DraftRule(4, Sampling(temperature), is_probabilistic=False, calibrates=True)
+    tree = chosen(logits, Calibration.fresh(3, NO_DEVICE), rule).tree
+    assert tree.log_probs.min().item() == pytest.approx(second, abs=0.01)
+
+
+def test_low_temperatures_learn_no_more_than_zero() -> None:
+    for temperature, learns in ((0.0, False), (0.3, False), (SAMPLES_FROM, True)):
+        options = Options(Limits(4, frozenset()), Sampling(temperature), tree_budget=3)
+        assert options.rule.calibrates == learns
 
 
 def test_rejection_is_its_definition() -> None:

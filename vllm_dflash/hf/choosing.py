@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from vllm_dflash.calibration import SAMPLES_FROM
+
 #: Below it, logits divided by the temperature leave fp32's range.
 SMALLEST_TEMPERATURE = 1e-5
 
@@ -34,6 +36,11 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < SMALLEST_TEMPERATURE
+
+    @property
+    def tree_temperature(self) -> float:
+        """By which a drafter's logits are divided for a tree; 1 where nearly always the likeliest token is taken."""
+        return self.temperature if self.temperature >= SAMPLES_FROM else 1.0
 
     def choose(
         self,

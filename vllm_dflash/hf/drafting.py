@@ -96,9 +96,8 @@ def chosen(
     """A chain of likeliest tokens, a chain of samples, or a tree."""
     if rule.num_nodes is None and not rule.is_probabilistic:
         return Drafted(chain(logits.argmax(dim=-1)), None, None)
-    logits = logits.float()
-    if not rule.sampling.is_greedy:
-        logits = logits / rule.sampling.temperature
+    sampling = rule.sampling
+    logits = logits.float() / (sampling.temperature if rule.num_nodes is None else sampling.tree_temperature)
     num_choices = min(rule.num_nodes or CHAIN_CHOICES, logits.shape[-1])
     choices = Choices(*logits.topk(num_choices, dim=-1))
     calibrated = logits * calibration.factors[:, None]

@@ -2,9 +2,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """How sure a drafter may be, learned while serving: `vllm_dflash.hf.calibration` for an engine's batches.
 
-A factor on the logits of each depth, for requests that take the likeliest token and for those that sample. A
-verification says, up to the first depth where nothing was accepted, what the target's token was: an observation of the
-drafter's distribution there. One Newton step on the log-likelihood of all observations is taken for each batch.
+A factor on the logits of each depth, for requests that (nearly) always take the likeliest token and for those that
+sample. A verification says, up to the first depth where nothing was accepted, what the target's token was: an
+observation of the drafter's distribution there. One Newton step on the log-likelihood of all observations is taken for
+each batch.
 
 Letters: R requests, S rows of the runner's state, D depths, C choices, M = 2 kinds of requests.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_dflash.calibration import LARGEST, LOWEST_LOGIT, PRIOR_INFORMATION, SMALLEST
+from vllm_dflash.calibration import LARGEST, LOWEST_LOGIT, PRIOR_INFORMATION, SAMPLES_FROM, SMALLEST
 
 #: So much is remembered, and no more: traffic changes.
 MOST_INFORMATION = 20_000.0
@@ -51,7 +52,7 @@ class Observations:
 def calibrate(
     seen: Observations,
     state_rows: torch.Tensor,  # [R] negative: nobody
-    temperature: torch.Tensor,  # [S]; 0: the likeliest token is taken
+    temperature: torch.Tensor,  # [S]
 ) -> None:
     """Learn from what these requests' last verifications said."""
     num_depths, num_choices = seen.logits.shape[1:]
@@ -70,6 +71,7 @@ def calibrate(
         SMALLEST,
         LARGEST,
         LOWEST_LOGIT,
+        SAMPLES_FROM,
         D=num_depths,
         C=num_choices,
         BLOCK_C=triton.next_power_of_2(num_choices),
@@ -93,6 +95,7 @@ def _calibrate_kernel(
     smallest,
     largest,
     lowest,
+    samples_from,
     D: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -108,7 +111,7 @@ def _calibrate_kernel(
         state_rows = tl.load(state_rows_ptr + requests, mask=requests < num_reqs, other=-1).to(tl.int64)
         is_real = state_rows >= 0
         state_rows = tl.maximum(state_rows, 0)
-        samples = tl.load(temperature_ptr + state_rows, mask=is_real, other=0.0) > 0
+        samples = tl.load(temperature_ptr + state_rows, mask=is_real, other=0.0) >= samples_from
         counts = is_real & (samples == (kind == 1)) & (depth < tl.load(num_said_ptr + state_rows))
         places = (state_rows * D + depth)[:, None] * C + choices[None, :]
         mask = counts[:, None] & (choices < C)[None, :]

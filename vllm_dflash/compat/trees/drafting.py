@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_dflash.calibration import SAMPLES_FROM
 from vllm_dflash.compat.ownership import TreeShape
 from vllm_dflash.compat.trees.store import TreeStore, verifying
 from vllm_dflash.kernels.calibrate import calibrate
@@ -107,12 +108,13 @@ class TreeDrafting:
             return Drafts(drafted)
         calibrate(self.store.seen, state_rows, temperature)
         of_request = temperature[state_rows][:, None]
-        factors = self.store.seen.factors[(of_request[:, 0] > 0).long()]  # [R, D]
+        samples = of_request >= SAMPLES_FROM
+        factors = self.store.seen.factors[samples[:, 0].long()]  # [R, D]
         if not shape.is_auto:
             # Which candidates are likeliest is no question of confidence where the target takes its likeliest token.
-            factors = torch.where(of_request == 0, 1.0, factors)
-        # At temperature 0 as at 1: every candidate may be the target's likeliest.
-        scales = torch.where(of_request == 0, factors, factors / of_request)
+            factors = torch.where(samples, factors, 1.0)
+        # Then as at temperature 1: every candidate may be the target's likeliest.
+        scales = torch.where(samples, factors / of_request, factors)
         log_probs, token_ids = choose(logits, scales.flatten(), shape.num_choices)
         of_choices = (num_reqs, shape.num_depths, shape.num_choices)
         build_trees(
