@@ -10,17 +10,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.engines import PAIR, Run, dflash, held_out_prompts
-from tests.e2e.on_gpu import NUM_PROMPTS, generate
-from tests.e2e.oracle import assert_same_but_near_ties
+from tests.e2e.engines import PAIR, dflash
+from tests.e2e.on_gpu import NUM_PROMPTS, assert_same_text, generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
-
-
-def assert_same_text(got: Run, expected: Run, most: int) -> None:
-    """Of the first NUM_PROMPTS prompts at most `most` texts differ, each first at a near-tie."""
-    texts = [run.token_ids[:NUM_PROMPTS] for run in (got, expected)]
-    assert_same_but_near_ties(*texts, held_out_prompts(NUM_PROMPTS), most=most)
 
 
 @pytest.fixture(scope="module")

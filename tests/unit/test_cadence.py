@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -169,14 +170,17 @@ def test_an_engine_that_was_only_paused_has_nothing_to_say() -> None:
     assert paced.interval == 1
 
 
+def steps_that_take(ms: Callable[[int, int], float]) -> deque[StepSeen]:
+    """By the tokens of prompts that a step reads, and that the one before has read: 110 a step."""
+    tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
+    return deque(StepSeen(ms(now, before), now, before) for before, now in zip([0, *tokens], tokens, strict=False))
+
+
 def test_a_fit_takes_apart_what_steps_and_those_before_them_cost() -> None:
     """7 ms, 2 and 3 more where this step and the one before read prompts, 0.01 and 0.02 for each of their tokens."""
-    tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
-    steps = deque(
-        StepSeen(7 + 2 * (now > 0) + 3 * (before > 0) + 0.01 * now + 0.02 * before, now, before)
-        for before, now in zip([0, *tokens], tokens, strict=False)
+    found = fitted(
+        steps_that_take(lambda now, before: 7 + 2 * (now > 0) + 3 * (before > 0) + 0.01 * now + 0.02 * before)
     )
-    found = fitted(steps)
     assert found is not None
     assert found.reading_ms == pytest.approx(5.0)
     assert found.step_ms == pytest.approx(7 + 0.03 * 110)  # 1100 tokens in ten steps
@@ -184,13 +188,7 @@ def test_a_fit_takes_apart_what_steps_and_those_before_them_cost() -> None:
 
 def test_tokens_do_not_make_steps_shorter() -> None:
     """That they seem to is noise."""
-    tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
-    found = fitted(
-        deque(
-            StepSeen(7 + 5 * (now > 0) - 0.005 * now, now, before)
-            for before, now in zip([0, *tokens], tokens, strict=False)
-        )
-    )
+    found = fitted(steps_that_take(lambda now, before: 7 + 5 * (now > 0) - 0.005 * now))
     assert found is not None
     assert (found.step_ms, found.reading_ms) == (pytest.approx(7.0), pytest.approx(5.0))
 
@@ -212,12 +210,9 @@ def test_steps_that_cannot_be_told_apart_tell_nothing(tokens: list[int]) -> None
 
 def test_a_step_that_something_else_held_up_is_left_out() -> None:
     """One of 1000 ms; with it, reading would seem to make steps shorter."""
-    tokens = [0, 0, 300, 0, 100, 200, 0, 0, 0, 500] * 8
-    steps = [
-        StepSeen(7 + 5 * (now > 0) + 0.01 * now, now, before) for before, now in zip([0, *tokens], tokens, strict=False)
-    ]
+    steps = steps_that_take(lambda now, before: 7 + 5 * (now > 0) + 0.01 * now)
     steps[50] = StepSeen(1000.0, steps[50].prompt_tokens, steps[50].prompt_tokens_before)
-    found = fitted(deque(steps))
+    found = fitted(steps)
     assert found is not None
     assert (found.step_ms, found.reading_ms) == (pytest.approx(7 + 0.01 * 8800 / 79), pytest.approx(5.0))
 

@@ -38,9 +38,14 @@ class Sampling:
         return self.temperature < SMALLEST_TEMPERATURE
 
     @property
+    def is_nearly_greedy(self) -> bool:
+        """Whether nearly always the likeliest token is taken."""
+        return self.temperature < SAMPLES_FROM
+
+    @property
     def tree_temperature(self) -> float:
-        """By which a drafter's logits are divided for a tree; 1 where nearly always the likeliest token is taken."""
-        return self.temperature if self.temperature >= SAMPLES_FROM else 1.0
+        """By which a drafter's logits are divided for a tree."""
+        return 1.0 if self.is_nearly_greedy else self.temperature
 
     def choose(
         self,

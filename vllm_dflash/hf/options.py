@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from vllm_dflash.calibration import SAMPLES_FROM
 from vllm_dflash.hf.budget import BUDGETS
 from vllm_dflash.hf.calibration import Calibration
 from vllm_dflash.hf.choosing import Sampling
@@ -73,13 +72,12 @@ class Options:
         Where a target samples, a chain's samples are accepted more often than its likeliest tokens, and calibration
         adds to acceptance. Greedy targets of well trained drafters gain nothing from it.
         """
+        goes_on = self.calibration is not None
         if self.tree_budget is not None:
             num_nodes = max(BUDGETS) if isinstance(self.tree_budget, str) else self.tree_budget
-            calibrates = self.sampling.temperature >= SAMPLES_FROM or self.calibration is not None
-            return DraftRule(num_nodes, self.sampling, False, calibrates)
-        calibrates = not self.sampling.is_greedy or self.calibration is not None
+            return DraftRule(num_nodes, self.sampling, False, goes_on or not self.sampling.is_nearly_greedy)
         greedy = self.sampling.is_greedy or self.logits_processor or self.draft_sample_method == "greedy"
-        return DraftRule(None, self.sampling, not greedy, calibrates)
+        return DraftRule(None, self.sampling, not greedy, goes_on or not self.sampling.is_greedy)
 
 
 def check_batch(

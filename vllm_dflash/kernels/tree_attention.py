@@ -265,9 +265,8 @@ def reference_merge_tree_attention(
     first_rows: torch.Tensor,  # [R]
     num_rows: torch.Tensor,  # [R]
     scale: float,
-    sinks: torch.Tensor | None = None,  # [heads]
 ) -> None:
-    """The same in plain torch, request by request, of a mask that is not packed."""
+    """The same in plain torch, request by request, of a mask that is not packed and without sinks."""
     group = query.shape[1] // key.shape[1]
     for request, (first, count) in enumerate(zip(first_rows.tolist(), num_rows.tolist(), strict=True)):
         if not count:
@@ -279,9 +278,7 @@ def reference_merge_tree_attention(
         tree_lse = scores.logsumexp(dim=-1)  # [heads, rows]
         of_tree = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
         lse = prefix_lse[:, rows]
-        has_prefix = lse.isfinite()  # [heads, rows]
-        without = lse.new_full((lse.shape[0],), float("-inf")) if sinks is None else sinks.float()
-        lse = torch.where(has_prefix, lse, without[:, None])
+        lse = torch.where(lse.isinf(), float("-inf"), lse)
         share = (lse - torch.logaddexp(lse, tree_lse)).exp().t()[:, :, None]  # [rows, heads, 1]
-        prefix = torch.where(has_prefix.t()[:, :, None], out[rows].float(), 0.0)
+        prefix = torch.where(share > 0, out[rows].float(), 0.0)
         out[rows] = (prefix * share + of_tree * (1 - share)).to(out.dtype)

@@ -233,12 +233,10 @@ class TreeBudget:
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
         """The step has drafted, or not. Of settled steps only those at the end look at the device."""
-        waited_ms = self._likelihoods.read()
-        if self._is_begun:
-            self._overhead.waited(waited_ms)
-        else:  # of a step of prompts alone, of which the runner asks nothing
+        if not self._is_begun:  # a step of prompts alone, of which the runner asks nothing
             self._overhead.forget()
         self._is_begun = False
+        self._overhead.waited(self._likelihoods.read())
         if self._settled is None or self._settled.ends_soon:
             if self.drafts:
                 self._likelihoods.copy(self._store.trees.probs, input_batch.idx_mapping_np)
