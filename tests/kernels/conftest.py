@@ -25,6 +25,9 @@ if not RUNNABLE:
 elif DEVICE == "cpu":
     # Here, since the test modules import vllm.
     triton_cpu.install()
+    from tests.kernels import memcheck  # imports torch, which is too early above
+
+    memcheck.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
