@@ -25,7 +25,7 @@ if not RUNNABLE:
 elif DEVICE == "cpu":
     # Here, since the test modules import vllm.
     triton_cpu.install()
-    from tests.kernels import memcheck  # imports torch, which is too early above
+    from tests import memcheck  # imports torch, which is too early above
 
     memcheck.install()
 
