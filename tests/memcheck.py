@@ -6,7 +6,7 @@ numpy reads or writes any address that it is given, so a kernel that leaves its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,35 +65,17 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def install() -> None:
-    """Check all accesses of interpreted kernels from here on, in this process."""
+    """Check all accesses of interpreted kernels from here on, in this process. Once: `tests.triton_cpu` does it."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     memory = Memory()
-    prepare = GridExecutor._init_args_hst
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    update, swap = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
-    as_pointer, address_of = InterpreterBuilder.create_int_to_ptr, torch.Tensor.data_ptr
+    prepare, as_pointer = GridExecutor._init_args_hst, InterpreterBuilder.create_int_to_ptr
+    address_of = torch.Tensor.data_ptr
 
     def prepared(self: Any, arguments: Any, named: dict[str, Any]) -> Any:
         on_host, named_on_host = prepare(self, arguments, named)
         memory.begin_launch((*on_host, *named_on_host.values()))
         return on_host, named_on_host
-
-    def checked_load(self: Any, pointers: Any, mask: Any, *options: Any) -> Any:
-        memory.check("load", pointers, mask)
-        return load(self, pointers, mask, *options)
-
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
-        memory.check("store", pointers, mask)
-        return store(self, pointers, value, mask, cache_policy)
-
-    def checked_update(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *options: Any) -> Any:
-        memory.check("atomic update", pointers, mask)
-        return update(self, operation, pointers, value, mask, *options)
-
-    def checked_swap(self: Any, pointers: Any, *values: Any) -> Any:
-        memory.check("atomic swap", pointers, None)
-        return swap(self, pointers, *values)
 
     def followed(self: Any, numbers: Any, pointer_type: Any) -> Any:
         memory.follow(numbers.data)
@@ -103,8 +85,19 @@ def install() -> None:
         memory.note_address(self, address := address_of(self))
         return address
 
+    def checked(method: Callable[..., Any], access: str, pointers_at: int, mask_at: int | None) -> Callable[..., Any]:
+        def access_memory(self: Any, *operands: Any) -> Any:
+            memory.check(access, operands[pointers_at], None if mask_at is None else operands[mask_at])
+            return method(self, *operands)
+
+        return access_memory
+
+    GridExecutor._init_args_hst, InterpreterBuilder.create_int_to_ptr = prepared, followed
     torch.Tensor.data_ptr = asked
-    GridExecutor._init_args_hst = prepared
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
-    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = checked_update, checked_swap
-    InterpreterBuilder.create_int_to_ptr = followed
+    for name, access, pointers_at, mask_at in (
+        ("create_masked_load", "load", 0, 1),
+        ("create_masked_store", "store", 0, 2),
+        ("create_atomic_rmw", "atomic update", 1, 3),
+        ("create_atomic_cas", "atomic swap", 0, None),
+    ):
+        setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), access, pointers_at, mask_at))

@@ -26,7 +26,7 @@ class StandInDriver:
 
 
 def install() -> None:
-    """Have `vllm.triton_utils` yield the real Triton, and `triton.jit` interpret. Safe to call again.
+    """Have `vllm.triton_utils` yield the real Triton, and `triton.jit` interpret, within memory. Safe to call again.
 
     The setting is inherited by child processes, the driver is not: a spawned one calls `install()` itself.
     """
@@ -43,6 +43,9 @@ def install() -> None:
 
     backends["cpu"] = Backend(compiler=None, driver=StandInDriver)
     _accept_integer_masks()
+    from tests import memcheck  # imports torch
+
+    memcheck.install()
 
 
 def _accept_integer_masks() -> None:

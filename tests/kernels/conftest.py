@@ -25,9 +25,6 @@ if not RUNNABLE:
 elif DEVICE == "cpu":
     # Here, since the test modules import vllm.
     triton_cpu.install()
-    from tests import memcheck  # imports torch, which is too early above
-
-    memcheck.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
